@@ -1,0 +1,1 @@
+"""What the models eat: atomic files, item features, categories, item graphs."""

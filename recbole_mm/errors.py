@@ -1,0 +1,30 @@
+"""Errors that a user can act on, each with the exit code of the command line.
+
+A message names what was found (file, line or row, field, value) and the mend.
+"""
+
+from __future__ import annotations
+
+
+class RecboleMMError(Exception):
+    """Base of all errors raised on purpose; ``exit_code`` is that of the command line."""
+
+    exit_code = 1
+
+
+class InputError(RecboleMMError, ValueError):
+    """Bad input or configuration (exit code 2)."""
+
+    exit_code = 2
+
+
+class EnvironmentFault(RecboleMMError, RuntimeError):
+    """The machine said no: a missing package, a full disk, a read-only folder (exit code 3)."""
+
+    exit_code = 3
+
+
+class NumericalError(RecboleMMError, ArithmeticError):
+    """A loss, gradient or score stopped being finite (exit code 4)."""
+
+    exit_code = 4

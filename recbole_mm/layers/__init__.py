@@ -1,0 +1,1 @@
+"""Generic ``nn.Module`` blocks: plain arguments, never a config."""

@@ -1,0 +1,1 @@
+"""Losses as pure functions from tensors to a scalar."""

@@ -1,0 +1,1 @@
+"""Parts that carry a name in a paper."""
