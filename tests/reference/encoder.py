@@ -1,0 +1,63 @@
+"""Post-norm Transformer, position by position and head by head, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def layer_norm(x, weight, bias, eps):
+    mean = sum(x) / len(x)
+    variance = sum((v - mean) ** 2 for v in x) / len(x)
+    return torch.stack([(v - mean) / (variance + eps) ** 0.5 for v in x]) * weight + bias
+
+
+def gelu(x):
+    return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def linear(state, name, x):
+    return state[f"{name}.weight"] @ x + state[f"{name}.bias"]
+
+
+def attention(state, name, j, rows, visible, n_heads, eps):
+    """State of position ``j`` after attending to the positions in ``visible``."""
+    width = len(rows[j]) // n_heads
+    query = linear(state, f"{name}.query", rows[j])
+    heads = []
+    for h in range(n_heads):
+        part = slice(h * width, (h + 1) * width)
+        scores = [
+            query[part] @ linear(state, f"{name}.key", rows[k])[part] / math.sqrt(width)
+            for k in visible
+        ]
+        total = sum(s.exp() for s in scores)
+        heads.append(
+            sum(
+                s.exp() / total * linear(state, f"{name}.value", rows[k])[part]
+                for s, k in zip(scores, visible, strict=True)
+            )
+        )
+    mixed = linear(state, f"{name}.dense", torch.cat(heads)) + rows[j]
+    norm = f"{name}.LayerNorm"
+    return layer_norm(mixed, state[f"{norm}.weight"], state[f"{norm}.bias"], eps)
+
+
+def feed_forward(state, name, x, eps):
+    y = linear(state, f"{name}.dense_2", gelu(linear(state, f"{name}.dense_1", x))) + x
+    norm = f"{name}.LayerNorm"
+    return layer_norm(y, state[f"{norm}.weight"], state[f"{norm}.bias"], eps)
+
+
+def transformer(state, x, length, n_layers, n_heads, causal, eps=1e-12):
+    """Real positions of one sequence ``x`` (L, D): a list of ``length`` vectors."""
+    rows = [x[j] for j in range(length)]
+    for i in range(n_layers):
+        after = []
+        for j in range(length):
+            visible = range(j + 1) if causal else range(length)
+            y = attention(state, f"layer.{i}.multi_head_attention", j, rows, visible, n_heads, eps)
+            after.append(feed_forward(state, f"layer.{i}.feed_forward", y, eps))
+        rows = after
+    return rows
