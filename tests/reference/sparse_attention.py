@@ -1,0 +1,92 @@
+"""Windowed, block-level and selective attention, query by query and head by head, in float64.
+
+One sequence: q, k, v are (H, L, d); block_key and block_value (H, L // b, d).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def attend(query, keys, values):
+    """Softmax attention of one query over a list of keys; zero over none."""
+    if len(keys) == 0:
+        return torch.zeros_like(query)
+    scores = keys @ query / math.sqrt(len(query))
+    weights = (scores - scores.max()).exp()
+    return (weights / weights.sum()) @ values
+
+
+def visible_blocks(j, b, n_blocks):
+    """Blocks that are finished when query j stands there: (c + 1) b - 1 <= j."""
+    return [c for c in range(n_blocks) if (c + 1) * b - 1 <= j]
+
+
+def block_merit(j, q, block_key, b):
+    """Block-level attention probability of each visible block, summed over the heads."""
+    visible = visible_blocks(j, b, block_key.shape[1])
+    merit = dict.fromkeys(visible, 0.0)
+    for h in range(len(q)):
+        scores = [(q[h, j] @ block_key[h, c]).item() / math.sqrt(q.shape[-1]) for c in visible]
+        highest = max(scores, default=0.0)
+        total = sum(math.exp(s - highest) for s in scores)
+        for c, s in zip(visible, scores, strict=True):
+            merit[c] += math.exp(s - highest) / total
+    return merit
+
+
+def choose(j, q, block_key, b, n, selection):
+    """Blocks that query j attends to token by token, besides its own; best first."""
+    own = j // b
+    if n == 1:
+        return []
+    chooser = j if selection == "query" else own * b
+    merit = block_merit(chooser, q, block_key, b)
+    others = [c for c in merit if c != own]
+    return sorted(others, key=lambda c: (-merit[c], c))[: n - 1]
+
+
+def sparse_attention(
+    q,
+    k,
+    v,
+    gate,
+    length,
+    *,
+    block_size,
+    window_size=None,
+    block_key=None,
+    block_value=None,
+    n_selected_blocks=None,
+    selection="query",
+    chosen=None,
+):
+    """(H, L, d), zero from ``length`` on; ``chosen[j]`` replaces the choice of query j."""
+    b = block_size
+    rows = []
+    for j in range(q.shape[1]):
+        heads = []
+        for h in range(len(q)):
+            branches = []
+            if j < length and window_size is not None:
+                seen = slice(max(0, j - window_size + 1), j + 1)
+                branches.append(attend(q[h, j], k[h, seen], v[h, seen]))
+            if j < length and block_value is not None:
+                n_visible = len(visible_blocks(j, b, block_value.shape[1]))
+                branches.append(
+                    attend(q[h, j], block_key[h, :n_visible], block_value[h, :n_visible])
+                )
+            if j < length and n_selected_blocks is not None:
+                others = (
+                    choose(j, q.detach(), block_key, b, n_selected_blocks, selection)
+                    if chosen is None
+                    else chosen[j]
+                )
+                tokens = [t for c in [*others, j // b] for t in range(c * b, (c + 1) * b) if t <= j]
+                branches.append(attend(q[h, j], k[h, tokens], v[h, tokens]))
+            weighted = [gate[h, j, g] * branch for g, branch in enumerate(branches)]
+            heads.append(sum(weighted, start=torch.zeros_like(q[h, j])))
+        rows.append(torch.stack(heads))
+    return torch.stack(rows, dim=1)
