@@ -59,8 +59,7 @@ def similarity_structure(
     itself = torch.eye(B, dtype=torch.bool, device=x.device)
     ignored = ~(present[..., :, None] & present[..., None, :]) | itself  # (..., B, B)
     log_p = _log_softmax(similarity / temperature, ignored)
-    log_q = _log_softmax(cosine_similarity(x, x) / temperature, ignored)
-    # at ignored pairs both logarithms are 0 and so is the summand
+    log_q = _log_softmax(cosine_similarity(x, x, temperature=temperature), ignored)
     per_row = (log_p.exp() * (log_p - log_q)).sum(-1)  # (..., B)
     return masked_mean(per_row, present, dim=-1)
 
@@ -176,10 +175,8 @@ def _moments(x: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_softmax(scores: Tensor, ignored: Tensor) -> Tensor:
-    """Log-softmax over the pairs that count; 0 at the others."""
-    # not -inf: a row with nothing left would be NaN
-    scores = scores.masked_fill(ignored, torch.finfo(scores.dtype).min)
-    return scores.log_softmax(-1).masked_fill(ignored, 0.0)
+    """Log-softmax over the pairs that count; at the others finite, its exponential exactly 0."""
+    return scores.masked_fill(ignored, torch.finfo(scores.dtype).min).log_softmax(-1)
 
 
 def _if_two(loss: Tensor, present: Tensor) -> Tensor:

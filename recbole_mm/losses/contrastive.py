@@ -16,18 +16,21 @@ from torch import Tensor
 from recbole_mm.ops.masking import masked_mean
 
 
-def cosine_similarity(left: Tensor, right: Tensor) -> Tensor:
+def cosine_similarity(left: Tensor, right: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Cosine of every row of ``left`` with every row of ``right``; 0 for a row of zeros.
 
     Args:
         left: ``(..., B, D)``.
         right: ``(..., C, D)``.
+        temperature: What to divide by; here, on B x D numbers, it costs next to nothing.
 
     Returns:
-        ``(..., B, C)``.
+        ``(..., B, C)``, in float32 or wider.
     """
     # eps: float16, which autocast may bring, rounds the default 1e-12 to 0
-    return F.normalize(left, dim=-1, eps=1e-6) @ F.normalize(right, dim=-1, eps=1e-6).mT
+    left = F.normalize(left, dim=-1, eps=1e-6) / temperature
+    similarity = left @ F.normalize(right, dim=-1, eps=1e-6).mT
+    return similarity.to(torch.promote_types(similarity.dtype, torch.float32))
 
 
 def in_batch_info_nce(
@@ -75,7 +78,7 @@ def in_batch_info_nce(
     # rows are blanked before the product: 0 * NaN in its gradient would be NaN
     anchor = anchor.masked_fill(~present[:, None], 0.0)
     positive = positive.masked_fill(~present[:, None], 0.0)
-    logits = cosine_similarity(anchor, positive) / temperature  # (B, B)
+    logits = cosine_similarity(anchor, positive, temperature=temperature)  # (B, B)
     ignored = ~present[None, :]
     if group is not None:
         _check_shape("group", group, (B,))
@@ -138,19 +141,20 @@ def multi_positive_info_nce(
     # rows are blanked before the product: 0 * NaN in its gradient would be NaN
     anchor = anchor.masked_fill(ignore_mask.all(1)[:, None], 0.0)
     candidates = candidates.masked_fill(ignore_mask.all(0)[:, None], 0.0)
-    logits = cosine_similarity(anchor, candidates) / temperature  # (B, C)
-    # not -inf: the softmax of a row with nothing left would be NaN
+    logits = cosine_similarity(anchor, candidates, temperature=temperature)  # (B, C)
+    # not -inf: logsumexp of a row with nothing left would have a NaN gradient
     logits = logits.masked_fill(ignore_mask, torch.finfo(logits.dtype).min)
     positive = positive_mask & ~ignore_mask
-    loss = _mean_over_positives(logits, positive)
+    loss = _mean_surprise(logits, positive, dim=1)
     if symmetric:
-        loss = (loss + _mean_over_positives(logits.T, positive.T)) / 2
+        loss = (loss + _mean_surprise(logits, positive, dim=0)) / 2
     return loss
 
 
-def _mean_over_positives(logits: Tensor, positive: Tensor) -> Tensor:
-    per_row = -masked_mean(logits.log_softmax(-1), positive, dim=-1)
-    return masked_mean(per_row, positive.any(-1), dim=0)
+def _mean_surprise(logits: Tensor, positive: Tensor, dim: int) -> Tensor:
+    """Mean of -log softmax over the positives of a slice, then over slices that have some."""
+    per_slice = logits.logsumexp(dim) - masked_mean(logits, positive, dim)
+    return masked_mean(per_slice, positive.any(dim), dim=0)
 
 
 def _check_temperature(temperature: float) -> None:
