@@ -1,0 +1,755 @@
+"""RecBole's data sets on a floor that every model shares.
+
+RecBole chooses a data set class by model. The classes here put the same floor under each of them,
+so that a table can hold our models beside RecBole's:
+
+- files are read by :mod:`recbole_mm.data.atomic`, which loses no row;
+- users, items and interactions are those of ``.inter`` after the filters, whatever other files say;
+- order and split follow the exact time, before RecBole rounds it to float32 (64 to 128 s for unix
+  seconds), and equal times keep the order of the file;
+- general models hold out the same interactions as sequential ones;
+- :attr:`MultimodalDataset.report` says what is there and what was left out.
+
+Keys of the configuration read here, besides RecBole's: ``on_bad_time``, ``mask_history``,
+``train_objective``, ``category_field``, ``modalities``, ``min_coverage``, ``feature_cache_dir``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import recbole.data.dataset
+import torch
+from numpy.typing import NDArray
+from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset
+from recbole.data.interaction import Interaction
+from recbole.utils import FeatureSource, FeatureType, ModelType
+from torch import Tensor
+
+from recbole_mm.data.atomic import AtomicTable, nearest, read_atomic, read_header
+from recbole_mm.data.categories import CategoryTable
+from recbole_mm.data.derive import resolve_declarations
+from recbole_mm.data.features import FeatureTable, load_features
+from recbole_mm.data.report import DataReport, FilterStep, PartCount
+from recbole_mm.data.sequences import Histories, SequenceRows, ranges
+from recbole_mm.errors import InputError
+
+_LOG = logging.getLogger(__name__)
+
+TARGET_ROW = "_target_row"
+"""Field of an evaluation batch, with ``mask_history``: where :meth:`history` finds the past."""
+
+_PARTS = ("train", "valid", "test")
+_MISSING_TEXT = ("", "_")
+_T = TypeVar("_T")
+
+
+def create_dataset(config: Any) -> Dataset:
+    """The data set of ``config["model"]``: RecBole's choice of class, on our floor.
+
+    Nothing is read from or written to a pickled cache, which would ignore the contents of files.
+
+    Raises:
+        InputError: If a file or a key of the configuration is at fault.
+    """
+    classes = recbole.data.dataset
+    by_type = {
+        ModelType.SEQUENTIAL: SequentialDataset,
+        ModelType.KNOWLEDGE: KnowledgeBasedDataset,
+    }
+    base = getattr(classes, f"{config['model']}Dataset", None)
+    if base is None:
+        base = by_type.get(config["MODEL_TYPE"], Dataset)
+    return on_our_floor(base)(config)
+
+
+@functools.cache
+def on_our_floor(base: type[Dataset]) -> type[MultimodalDataset]:
+    """RecBole's data set class ``base`` over :class:`MultimodalDataset`.
+
+    Sequences are gathered in each batch unless ``base`` augments them in its own way (DIEN).
+    """
+    lazy = getattr(base, "data_augmentation", None) is SequentialDataset.data_augmentation
+    floor = MultimodalSequentialDataset if lazy else MultimodalDataset
+    if issubclass(floor, base):
+        return floor
+    return type(f"Multimodal{base.__name__}", (floor, base), {"__doc__": base.__doc__})
+
+
+class MultimodalDataset(Dataset):
+    """RecBole's ``Dataset``, reading, ordering and splitting as the module says.
+
+    Attributes:
+        report: Counts; those of the split are there after :meth:`build`.
+
+    Raises:
+        InputError: If a file is missing or malformed, or the filters leave nothing.
+    """
+
+    report: DataReport
+    inter_feat: Any  # a frame, then RecBole's Interaction
+
+    def _from_scratch(self) -> None:
+        sequential = isinstance(self, SequentialDataset)
+        lazy = isinstance(self, MultimodalSequentialDataset)
+        if self.config["mask_history"] and sequential and not lazy:
+            raise InputError(
+                f"mask_history: True is not possible for {self.config['model']}, whose data set "
+                "class keeps only the last items of a history; set mask_history: False"
+            )
+        super()._from_scratch()
+
+    def _get_preset(self) -> None:
+        super()._get_preset()
+        self._format = {
+            "field_separator": self.config["field_separator"],
+            "seq_separator": self.config["seq_separator"],
+            "encoding": self.config["encoding"] or "utf-8",
+        }
+        self._steps: list[FilterStep] = []
+        self._codes: dict[str, NDArray[np.int64]] = {}
+        self._bad_times = 0
+        self._items_without_row: int | None = None
+        # shared by the parts of a split, which are shallow copies
+        self._side_information: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------ reading
+
+    def _load_data(self, token: str, dataset_path: str) -> None:
+        """Check that the files are there; RecBole would offer a download."""
+        folder = Path(dataset_path)
+        parts = [f"{part}.inter" for part in self.benchmark_filename_list or ()]
+        wanted = [*(parts or ["inter"]), *(self.config["additional_feat_suffix"] or ())]
+        if isinstance(self, KnowledgeBasedDataset):
+            wanted += ["kg", "link"]
+        missing = [f"{token}.{end}" for end in wanted if not (folder / f"{token}.{end}").is_file()]
+        if missing:
+            found = "no such folder"
+            if folder.is_dir():
+                names = sorted(path.name for path in folder.iterdir() if path.is_file())
+                found = f"it holds {', '.join(names[:20]) or 'no files'}"
+            raise InputError(
+                f"data set {token!r}: looked in {folder} for {', '.join(missing)}; {found}; "
+                "set data_path to the folder above that of the data set"
+            )
+        super()._load_data(token, dataset_path)
+
+    def _load_inter_feat(self, token: str, dataset_path: str) -> None:
+        super()._load_inter_feat(token, dataset_path)
+        wanted = {"USER_ID_FIELD": self.uid_field, "ITEM_ID_FIELD": self.iid_field}
+        if self._orders_by_time:
+            wanted["TIME_FIELD"] = self.time_field
+        columns = list(self.inter_feat)
+        for key, field in wanted.items():
+            if field not in columns and (field is not None or key == "TIME_FIELD"):
+                raise InputError(
+                    f"{token}.inter: no column {field!r} ({key}) among those read: "
+                    f"{', '.join(columns)}; add it to load_col.inter, or set {key}"
+                    f"{nearest(str(field), columns)}"
+                )
+
+    @property
+    def _orders_by_time(self) -> bool:
+        return self.benchmark_filename_list is None and self.config["eval_args"]["order"] == "TO"
+
+    def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
+        """RecBole's contract: a frame, and the properties of its fields; read by our reader."""
+        load_col, unload_col = self._get_load_and_unload_col(source)
+        if load_col == set() and source is not FeatureSource.INTERACTION:
+            return None
+        header = read_header(
+            filepath,
+            field_separator=self._format["field_separator"],
+            encoding=self._format["encoding"],
+        )
+        columns = [
+            field
+            for field in header
+            if (load_col is None or field in load_col)
+            and (unload_col is None or field not in unload_col)
+        ]
+        if not columns and source is FeatureSource.INTERACTION:
+            raise InputError(
+                f"{filepath}: load_col.inter names none of its columns: {', '.join(header)}"
+            )
+        if not columns:
+            _LOG.warning("%s: load_col names none of its columns %s", filepath, ", ".join(header))
+            return None
+        time = self.time_field if source is FeatureSource.INTERACTION else None
+        if time in columns and header[time] is not FeatureType.FLOAT:
+            raise InputError(
+                f"{filepath}, line 1: {time} (TIME_FIELD) is of type {header[time].value}; "
+                f"a time is a number: write {time}:float"
+            )
+        table = read_atomic(
+            filepath,
+            columns=columns,
+            time_field=time,
+            on_bad_time=self.config["on_bad_time"] or "error",
+            **self._format,
+        )
+        self._bad_times += table.dropped
+        for field, kind in table.types.items():
+            if source != "link":  # its entities have their properties already
+                if self.field2source.get(field, source) != source and field not in self._id_fields:
+                    raise InputError(
+                        f"{filepath}, line 1: a column {field!r} is loaded from "
+                        f".{getattr(self.field2source[field], 'value', self.field2source[field])} "
+                        "too, and RecBole knows columns by name; rename or unload one of them"
+                    )
+                self.field2source[field] = source
+                self.field2type[field] = kind
+                if "float" in kind.value:
+                    self.field2bucketnum[field] = 2
+                if not kind.value.endswith("seq"):
+                    self.field2seqlen[field] = 1
+            if kind.value.endswith("seq"):
+                self._cut_sequences(table, field)
+        return table.frame
+
+    def _cut_sequences(self, table: AtomicTable, field: str) -> None:
+        """Note the length of a sequence field, ``seq_len`` at most."""
+        longest = max(map(len, table.frame[field]))
+        limit = (self.config["seq_len"] or {}).get(field, longest)
+        if longest > limit:
+            table.frame[field] = [sequence[:limit] for sequence in table.frame[field]]
+        self.field2seqlen[field] = min(longest, limit)
+
+    # ------------------------------------------------------------------ filtering
+
+    def _data_filtering(self) -> None:
+        if self._id_fields:
+            for field in self._id_fields:
+                self._codes[field] = pd.factorize(self.inter_feat[field], use_na_sentinel=False)[0]
+            self._note_step("as read")
+        super()._data_filtering()
+
+    @property
+    def _id_fields(self) -> list[str]:
+        """User and item field; RecBole has either both or none."""
+        return [field for field in (self.uid_field, self.iid_field) if field is not None]
+
+    def _note_step(self, name: str) -> None:
+        """Remember what a filter left, if it left something out.
+
+        Filters keep the labels of the index, which are row numbers of the file.
+        """
+        rows = self.inter_feat.index.to_numpy()
+        if not self._codes or (self._steps and self._steps[-1].interactions == len(rows)):
+            return
+        users, items = (
+            int(np.count_nonzero(np.bincount(codes[rows]))) for codes in self._codes.values()
+        )
+        self._steps.append(FilterStep(name, users, items, len(rows)))
+        if not len(rows):
+            counts = "; ".join(step.line() for step in self._steps)
+            raise InputError(
+                f"data set {self.dataset_name!r}: the filters leave no interaction: {counts}; "
+                f"loosen {name}"
+            )
+
+    def _filter_nan_user_or_item(self) -> None:
+        """Leave out rows without an id (RecBole drops other rows if both ids occur empty)."""
+        for field, feat in self._side_files():
+            feat.dropna(subset=[field], inplace=True)
+        if self._id_fields:
+            self.inter_feat.dropna(subset=self._id_fields, inplace=True)
+            self._note_step("rows with an empty id")
+
+    def _remove_duplication(self) -> None:
+        """As RecBole, except that equal times keep the order of the file."""
+        keep = self.config["rm_dup_inter"]
+        if keep is None:
+            return
+        self._check_field("uid_field", "iid_field")
+        if self.time_field in self.inter_feat:
+            self.inter_feat = self.inter_feat.sort_values(self.time_field, kind="stable")
+        else:
+            _LOG.warning("rm_dup_inter: no time is read, so the order of the file decides")
+        self.inter_feat = self.inter_feat.drop_duplicates(self._id_fields, keep=keep)
+        self._note_step("rm_dup_inter")
+
+    def _filter_by_field_value(self) -> None:
+        """As RecBole; a user or item that a condition on its own file removes loses its rows."""
+        before = {
+            field: feat[field]
+            for field, feat in self._side_files()
+            if self.config["filter_inter_by_user_or_item"]
+        }
+        super()._filter_by_field_value()
+        for field, feat in self._side_files():
+            if field in before:
+                removed = set(before[field]).difference(feat[field])
+                self.inter_feat = self.inter_feat[~self.inter_feat[field].isin(removed)]
+        self._note_step("val_interval")
+
+    def _side_files(self) -> list[tuple[str, pd.DataFrame]]:
+        """The id field and the frame of ``.user`` and ``.item``, of those that are loaded."""
+        files = ((self.uid_field, self.user_feat), (self.iid_field, self.item_feat))
+        return [(field, feat) for field, feat in files if feat is not None]
+
+    def _filter_inter_by_user_or_item(self) -> None:
+        """Nothing: an interaction stays, whether ``.user`` and ``.item`` know its ends or not."""
+
+    def _filter_by_inter_num(self) -> None:
+        """RecBole's k-core, on counts of integer codes."""
+        keys = {
+            self.uid_field: "user_inter_num_interval",
+            self.iid_field: "item_inter_num_interval",
+        }
+        intervals = {
+            field: interval
+            for field in self._id_fields
+            if (interval := self._parse_intervals_str(self.config[keys[field]]))
+        }
+        rows = self.inter_feat.index.to_numpy()
+        while True:
+            legal = np.ones(len(rows), dtype=bool)
+            for field, interval in intervals.items():
+                codes = self._codes[field][rows]
+                legal &= self._within_intervals(np.bincount(codes), interval)[codes]
+            if legal.all():
+                break
+            rows = rows[legal]
+        if len(rows) < len(self.inter_feat):
+            self.inter_feat = self.inter_feat.loc[rows]
+            self._note_step(", ".join(keys[field] for field in intervals))
+
+    def _reset_index(self) -> None:
+        self._codes = {}
+        self._keep_known_ids()
+        super()._reset_index()
+
+    def _keep_known_ids(self) -> None:
+        """Take users and items that ``.inter`` does not know out of all other files.
+
+        Without this they would join the id space, and with it the candidate set. Entities of a
+        knowledge graph are ids of their own and stay.
+        """
+        for name in ("user_id", "item_id"):
+            fields = self._get_remap_list(self.alias[name])
+            known: set[Any] = set()
+            for feat, field, kind in fields:
+                if feat is self.inter_feat:
+                    known.update(_tokens(feat[field], kind))
+            for feat, field, kind in fields:
+                if feat is self.inter_feat:
+                    continue
+                if kind is FeatureType.TOKEN_SEQ:
+                    feat[field] = [
+                        np.array([token for token in row if token in known], dtype=object)
+                        for row in feat[field]
+                    ]
+                    continue
+                unknown = ~feat[field].isin(known)
+                if unknown.all():
+                    raise InputError(
+                        f"data set {self.dataset_name!r}: no {field} of .inter occurs in the file "
+                        f"with {', '.join(feat.columns[:4])}; .inter has {_examples(known)}, the "
+                        f"file has {_examples(feat[field])}: write the same ids in both"
+                    )
+                feat.drop(feat.index[unknown], inplace=True)
+
+    def _filter_link(self) -> None:
+        """RecBole's, of a knowledge graph, without its removal of items that have no entity."""
+        inter_feat = self.inter_feat
+        self.inter_feat = inter_feat.copy()
+        super()._filter_link()
+        self.inter_feat = inter_feat
+
+    # ------------------------------------------------------------------ ids and order
+
+    def _remap_ID_all(self) -> None:  # noqa: N802  (RecBole's name)
+        if self.benchmark_filename_list is not None:
+            self._keep_known_ids()  # such data are not filtered
+        if self.item_feat is not None:
+            known = self.inter_feat[self.iid_field].nunique()
+            self._items_without_row = known - self.item_feat[self.iid_field].nunique()
+        super()._remap_ID_all()
+        if self._orders_by_time:
+            self._order_by_time()
+        self.report = self._count()
+        if self.time_field in self.inter_feat:
+            self.inter_feat[self.time_field] = self.inter_feat[self.time_field].astype(np.float64)
+
+    def _order_by_time(self) -> None:
+        """Bring the interactions into the order of their exact times.
+
+        All later sorts of RecBole are stable, and normalisation and rounding never swap two times,
+        so that this order holds.
+        """
+        order = np.argsort(self.inter_feat[self.time_field].to_numpy(), kind="stable")
+        self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+
+    def _count(self) -> DataReport:
+        report = DataReport(
+            dataset=self.dataset_name,
+            users=self.user_num - 1 if self.uid_field else 0,
+            items=self.item_num - 1 if self.iid_field else 0,
+            interactions=len(self.inter_feat),
+            steps=tuple(self._steps),
+            bad_times=self._bad_times,
+            items_without_row=self._items_without_row,
+        )
+        if self.time_field not in self.inter_feat or not self._id_fields:
+            return report
+        same_time = [self.uid_field, self.time_field]
+        shared = self.inter_feat[self.inter_feat.duplicated(same_time, keep=False)]
+        return replace(
+            report,
+            equal_times=int(shared.duplicated(same_time).sum()),
+            duplicates=int(shared.duplicated([*same_time, self.iid_field]).sum()),
+        )
+
+    def _dataframe_to_interaction(self, data: pd.DataFrame) -> Interaction:
+        """As RecBole; sequential models keep the time in float64."""
+        interaction = super()._dataframe_to_interaction(data)
+        time = self.time_field
+        # an embedded time goes through float32 layers
+        is_embedded = time in self.config["numerical_features"]
+        if isinstance(self, SequentialDataset) and time in data and not is_embedded:
+            interaction[time] = torch.from_numpy(data[time].to_numpy(np.float64, copy=True))
+        return interaction
+
+    # ------------------------------------------------------------------ splitting
+
+    def build(self) -> list[Dataset]:
+        """RecBole's parts of the split, counted in :attr:`report`.
+
+        Raises:
+            InputError: If no row is left to train on.
+        """
+        parts: list[Dataset] = super().build()
+        self._prepare_parts(parts)
+        counts = []
+        for name, part in zip(_PARTS, parts, strict=False):
+            users = len(torch.unique(part.inter_feat[self.uid_field])) if self.uid_field else 0
+            counts.append(
+                PartCount(name, users, len(part), part._n_targets(), self.report.users - users)
+            )
+        self.report = replace(self.report, parts=tuple(counts))
+        for part in parts:
+            part.report = self.report
+        if not len(parts[0]):
+            raise InputError(
+                f"data set {self.dataset_name!r}: no row is left to train on; "
+                + "; ".join(self.report.lines())
+            )
+        return parts
+
+    def _prepare_parts(self, parts: list[Dataset]) -> None:
+        """What a subclass does to the parts of a split before they are counted."""
+
+    def _n_targets(self) -> int:
+        return len(self)
+
+    def leave_one_out(self, group_by: str | None, leave_one_mode: str) -> list[Dataset]:
+        """Hold out the last rows of every user.
+
+        RecBole splits the rows of a sequential data set, of which a user has one fewer than
+        interactions, but the interactions themselves for general models. Here both hold out the
+        same: with two interactions a user is only trained on, with three also tested, with more
+        also validated.
+        """
+        held = {"valid_and_test": (1, 2), "valid_only": (1,), "test_only": (2,)}
+        if leave_one_mode not in held or group_by is None:
+            raise InputError(
+                f"eval_args: split LS takes one of {', '.join(held)} and USER_ID_FIELD, got "
+                f"{leave_one_mode!r} and {group_by!r}"
+            )
+        rows = self._grouped_rows(group_by)
+        spare = 1 if isinstance(self, SequentialDataset) else 2  # rows that stay in training
+        places = np.array([0, *held[leave_one_mode]])
+        n_held = np.clip(rows.sizes - spare, 0, len(places) - 1)[rows.group]
+        from_end = rows.sizes[rows.group] - 1 - rows.rank
+        part = np.where(from_end < n_held, places[np.maximum(len(places) - 1 - from_end, 0)], 0)
+        return self._parts([rows.order[part == number] for number in range(len(_PARTS))])
+
+    def split_by_ratio(self, ratios: list[float], group_by: str | None = None) -> list[Dataset]:
+        """As RecBole, without its lists of row numbers."""
+        shares = [ratio / sum(ratios) for ratio in ratios]
+        if group_by is None:
+            bounds = self._calcu_split_ids(tot=len(self), ratios=shares)
+            return self._parts(np.split(np.arange(len(self)), bounds))
+        rows = self._grouped_rows(group_by)
+        sizes, which = np.unique(rows.sizes, return_inverse=True)
+        bounds = np.array([self._calcu_split_ids(tot=int(n), ratios=shares) for n in sizes])
+        part = (rows.rank[:, None] >= bounds[which][rows.group]).sum(axis=1)
+        return self._parts([rows.order[part == number] for number in range(len(shares))])
+
+    def _grouped_rows(self, field: str) -> _GroupedRows:
+        return _GroupedRows(self.inter_feat[field].numpy())
+
+    def _parts(self, rows: Iterable[NDArray[np.int64]]) -> list[Dataset]:
+        self._drop_unused_col()
+        return [self.copy(_take(self.inter_feat, torch.from_numpy(part))) for part in rows]
+
+    # ------------------------------------------------------------------ side information
+
+    @property
+    def item_tokens(self) -> list[str]:
+        """``(N,)`` token of each internal item id; the first is that of padding."""
+        return [str(token) for token in self.field2id_token[self.iid_field]]
+
+    @property
+    def item_features(self) -> FeatureTable:
+        """Vectors of the declared ``modalities``, by internal item id."""
+        return self._once("features", self._load_features)
+
+    @property
+    def item_categories(self) -> CategoryTable | None:
+        """Categories of the column ``category_field`` of ``.item``; ``None`` without that key.
+
+        A ``token`` column gives every item one category; ``_`` stands for none.
+
+        Raises:
+            InputError: If ``.item`` has no such column, or it is not of tokens.
+        """
+        return self._once("categories", self._load_categories)
+
+    def item_text(self, field: str) -> list[str]:
+        """Cells of a column of ``.item``, whole, whether RecBole loads the column or not.
+
+        Returns:
+            ``(N,)`` by internal item id; empty for padding, for an item without a row, and where
+            the cell is empty or ``_``.
+
+        Raises:
+            InputError: If there is no ``.item``, or it has no such column.
+        """
+        texts = self._item_column(field, default="", as_text=True)
+        return ["" if text.strip() in _MISSING_TEXT else text for text in texts]
+
+    def _once(self, name: str, make: Callable[[], _T]) -> _T:
+        if name not in self._side_information:
+            self._side_information[name] = make()
+        found: _T = self._side_information[name]
+        return found
+
+    def _load_features(self) -> FeatureTable:
+        tokens = self.item_tokens
+        where = {"dataset_name": self.dataset_name, "dataset_path": self.dataset_path}
+        declarations: Mapping[str, Mapping[str, Any]] = resolve_declarations(
+            self.config["modalities"] or {},
+            tokens=tokens,
+            cache_dir=self.config["feature_cache_dir"],
+            progress=bool(self.config["show_progress"]),
+            item_id_field=self.iid_field,
+            **where,
+            **self._format,
+        )
+        coverage = self.config["min_coverage"]
+        return load_features(
+            declarations, tokens, min_coverage=0.9 if coverage is None else coverage, **where
+        )
+
+    def _load_categories(self) -> CategoryTable | None:
+        field = self.config["category_field"]
+        if field is None:
+            return None
+        rows = self._item_column(field, default=())
+        lists = [[row] if isinstance(row, str) else list(row) for row in rows]
+        table = CategoryTable.from_lists(
+            [[name for name in row if name not in _MISSING_TEXT] for row in lists]
+        )
+        if not table.names:
+            raise InputError(
+                f"{self._item_file}: no item of {self.dataset_name!r} has an entry in {field} "
+                "(category_field); name another column"
+            )
+        return table
+
+    @property
+    def _item_file(self) -> Path:
+        return Path(self.dataset_path) / f"{self.dataset_name}.item"
+
+    def _item_column(self, field: str, *, default: Any, as_text: bool = False) -> list[Any]:
+        """Cells of a column of ``.item`` by internal item id."""
+        table = read_atomic(
+            self._item_file,
+            columns=[self.iid_field, field],
+            as_text=[field] if as_text else [],
+            **self._format,
+        )
+        if not as_text and "float" in table.types[field].value:
+            raise InputError(
+                f"{self._item_file}: {field} is of type {table.types[field].value}; "
+                "category_field needs a column of type token_seq"
+            )
+        frame = table.frame.drop_duplicates(self.iid_field)  # the first row counts, as in RecBole
+        cells = dict(zip(frame[self.iid_field], frame[field], strict=True))
+        found = [cells.get(token, default) for token in self.item_tokens[1:]]
+        return [default, *(default if isinstance(cell, float) else cell for cell in found)]
+
+
+class MultimodalSequentialDataset(MultimodalDataset, SequentialDataset):
+    """RecBole's ``SequentialDataset`` whose sequences are gathered when a batch is made.
+
+    Batches equal RecBole's, bit for bit, apart from the time, which is float64.
+
+    With ``train_objective: all`` a training row is a window instead of a prefix: up to L items of a
+    user's training history in ``item_id_list``, the item that follows each of them in
+    ``item_id_target_list`` (0 where padding), the last of these in ``item_id``. The windows of a
+    user do not overlap and end at the last training target, so that each target of the prefix rows
+    occurs once. Validation and test rows stay as they are.
+
+    With ``mask_history`` an evaluation batch has the field ``_target_row``, for :meth:`history`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._serves_evaluation = False
+        if config["benchmark_filename"] is not None:
+            for key, value in (("mask_history", True), ("train_objective", "all")):
+                if config[key] == value:
+                    raise InputError(
+                        f"{key}: {value} needs whole histories, but benchmark_filename "
+                        f"gives lists that are cut already; remove one of the two"
+                    )
+        super().__init__(config)
+
+    def data_augmentation(self) -> None:
+        """A row for every prefix of a user's history, without its lists."""
+        self._aug_presets()
+        target_list = f"{self.iid_field}_target{self.config['LIST_SUFFIX']}"
+        if self._predicts_everywhere:
+            self.set_field_property(
+                target_list,
+                FeatureType.TOKEN_SEQ,
+                FeatureSource.INTERACTION,
+                self.max_item_list_len,
+            )
+        self.sort(by=self.uid_field)  # stable: the order of time holds within a user
+        columns = self.inter_feat.interaction
+        users = columns[self.uid_field]
+        is_first = torch.ones(len(users), dtype=torch.bool)
+        is_first[1:] = users[1:] != users[:-1]
+        source = Histories(
+            columns=columns,
+            first=is_first.nonzero().squeeze(1),
+            lists={
+                field: getattr(self, f"{field}_list_field")
+                for field in columns
+                if field != self.uid_field
+            },
+            targets=(self.iid_field, target_list),
+            length_field=self.item_list_length_field,
+            max_length=self.max_item_list_len,
+        )
+        self.inter_feat = source.prefixes()
+
+    @property
+    def _predicts_everywhere(self) -> bool:
+        return self.config["train_objective"] == "all"
+
+    def _prepare_parts(self, parts: list[Dataset]) -> None:
+        for part in parts[1:]:
+            part._serves_evaluation = True
+        if self._predicts_everywhere:
+            parts[0].inter_feat = parts[0].inter_feat.windows()
+
+    def _n_targets(self) -> int:
+        feat = self.inter_feat
+        return len(feat.targets()) if isinstance(feat, SequenceRows) else len(feat)
+
+    def __getitem__(self, index: Any, join: bool = True) -> Interaction:
+        """Rows with their lists, joined with the features of their user and item."""
+        rows = self.inter_feat[index]
+        if isinstance(rows, SequenceRows):
+            target = rows.target
+            rows = rows.gather()
+            if self._serves_evaluation and self.config["mask_history"]:
+                rows[TARGET_ROW] = target
+        return self.join(rows) if join else rows
+
+    def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> Any:
+        """RecBole's user-item matrix of the interactions of this part."""
+        feat = self.inter_feat
+        if not isinstance(feat, SequenceRows):
+            return super().inter_matrix(form, value_field)
+        return self._create_sparse_matrix(
+            _take(Interaction(dict(feat.source.columns)), feat.interactions()),
+            self.uid_field,
+            self.iid_field,
+            form,
+            value_field,
+        )
+
+    def counter(self, field: str) -> Counter[Any]:
+        """How often each id of a token field is a target."""
+        feat = self.inter_feat
+        if isinstance(feat, SequenceRows) and feat.is_windows:
+            return Counter(feat.source.columns[field][feat.targets()].numpy())
+        return super().counter(field)
+
+    def history(self, interaction: Interaction) -> tuple[Tensor, Tensor]:
+        """All earlier items of the user of each evaluation row, not only the last L.
+
+        The target of a row is left out of its own history, as RecBole's general loaders do.
+
+        Args:
+            interaction: A batch of this part, from a data set with ``mask_history``.
+
+        Returns:
+            Two tensors of the same length, so that ``scores[history] = -inf`` masks: the number of
+            a row in the batch, and the internal id of an item that the row's user had before.
+
+        Raises:
+            InputError: If the batch does not come from an evaluation part with ``mask_history``.
+        """
+        if TARGET_ROW not in interaction:
+            raise InputError(
+                "the batch has no history: it is not of an evaluation part of a data set built "
+                "with mask_history: True"
+            )
+        target = interaction[TARGET_ROW].cpu()
+        source = self.inter_feat.source
+        first = source.first_of(target)
+        row, position = ranges(first, target - first)
+        items = source.columns[self.iid_field]
+        is_other = items[position] != items[target][row]
+        device = interaction[TARGET_ROW].device
+        return row[is_other].to(device), items[position[is_other]].to(device)
+
+
+class _GroupedRows:
+    """Rows sorted by group; groups in the order of their first row, rows in their own.
+
+    Attributes:
+        order: Row numbers.
+        group: Number of the group of each row of ``order``.
+        rank: Place of each row of ``order`` within its group.
+        sizes: Number of rows of each group.
+    """
+
+    def __init__(self, keys: NDArray[Any]) -> None:
+        codes = pd.factorize(keys)[0]
+        self.order: NDArray[np.int64] = np.argsort(codes, kind="stable")
+        self.group: NDArray[np.int64] = codes[self.order]
+        self.sizes: NDArray[np.int64] = np.bincount(codes)
+        before = np.cumsum(self.sizes) - self.sizes
+        self.rank: NDArray[np.int64] = np.arange(len(codes)) - before[self.group]
+
+
+def _take(feat: Interaction, rows: Tensor) -> Interaction:
+    """Rows of an interaction; RecBole would turn the index into a list first."""
+    if isinstance(feat, SequenceRows):
+        return feat[rows]
+    return Interaction({field: feat[field][rows] for field in feat})
+
+
+def _tokens(column: pd.Series, kind: FeatureType) -> Iterable[Any]:
+    if kind is FeatureType.TOKEN_SEQ:
+        return (token for row in column for token in row)
+    return pd.unique(column)
+
+
+def _examples(tokens: Iterable[Any]) -> str:
+    return ", ".join(repr(token) for _, token in zip(range(3), tokens, strict=False))
