@@ -1,0 +1,169 @@
+"""Frozen item features inside a model, and their projection to the hidden size.
+
+Shapes: N items (row 0 is padding), M modalities, R stored rows, F feature width, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+
+class ItemVectors(Protocol):
+    """Vectors of one modality: ``values`` (R, F), ``rows`` (N,), ``present`` (N,)."""
+
+    @property
+    def values(self) -> Tensor: ...  # noqa: D102
+    @property
+    def rows(self) -> Tensor: ...  # noqa: D102
+    @property
+    def present(self) -> Tensor: ...  # noqa: D102
+
+
+class FrozenFeatures(nn.Module):
+    """Vectors that are looked up by item and never trained nor saved.
+
+    ``values`` stay as they are stored (float16 stays float16, a memory map stays a map): a change
+    of the module's number type, ``.double()``, changes only what :meth:`forward` returns, and a
+    deep copy shares them. Moving the module to another device does copy them there.
+
+    Args:
+        values: ``(R, F)`` floating point.
+        rows: ``(N,)`` int64, row of each item; any row where the item is absent.
+        present: ``(N,)`` bool.
+
+    Shape:
+        - items: any shape, int64 in [0, N)
+        - output: ``(*items, F)``, float32 or the module's type; exactly zero for absent items
+
+    Raises:
+        ValueError: If the shapes or types do not fit together.
+    """
+
+    values: Tensor
+    rows: Tensor
+    present: Tensor
+    _like: Tensor  # empty; carries the number type and the device of the module
+
+    def __init__(self, values: Tensor, rows: Tensor, present: Tensor) -> None:
+        super().__init__()
+        if values.ndim != 2 or not values.is_floating_point():
+            raise ValueError(f"values must be (R, F) floats, got {values.dtype} {values.shape}")
+        if rows.ndim != 1 or rows.shape != present.shape:
+            raise ValueError(
+                f"rows {tuple(rows.shape)} and present {tuple(present.shape)} must both be (N,)"
+            )
+        if rows.dtype != torch.int64 or present.dtype != torch.bool:
+            raise ValueError(
+                f"rows must be int64 and present bool, got {rows.dtype}, {present.dtype}"
+            )
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < len(values):
+            raise ValueError(f"rows must lie in [0, {len(values)})")
+        self.register_buffer("values", values, persistent=False)
+        self.register_buffer("rows", rows, persistent=False)
+        self.register_buffer("present", present, persistent=False)
+        self.register_buffer("_like", torch.empty(0, dtype=torch.float32), persistent=False)
+
+    @property
+    def width(self) -> int:
+        """Feature width F."""
+        return self.values.shape[1]
+
+    def forward(self, items: Tensor) -> Tensor:
+        """Vectors of items; shapes as in the class."""
+        vectors = self.values[self.rows[items]].to(self._like.dtype)  # (*items, F)
+        # where, not a product: NaN * 0 is NaN
+        return torch.where(self.present[items].unsqueeze(-1), vectors, 0.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFeatures:
+        values = self.values
+        self._buffers["values"] = None  # out of reach of a change of number type
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers["values"] = values.to(self._like.device)
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenFeatures:
+        memo[id(self.values)] = self.values
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(deepcopy(self.__dict__, memo))  # type: ignore[no-untyped-call]
+        return twin
+
+
+class ModalityProjection(nn.Module):
+    r"""Frozen features of all modalities, each projected to the hidden size by its own map.
+
+    .. math::
+        h_m = W f_m + b \qquad\text{or}\qquad
+        h_m = \operatorname{LN}(W_2 \operatorname{gelu}(W_1 f_m + b_1) + b_2)
+
+    Source: one layer as CAMMSR, arXiv 2603.04320, Eq. (2)-(4) [paper]; two layers for MUFASA's
+    fusion layer [ours]. An absent feature gives exactly zero and ``present`` False.
+
+    Args:
+        features: Vectors of each modality, in the order of the output.
+        hidden_size: Width ``D`` of the output.
+        hidden_layers: 1 (linear) or 2 (perceptron and layer norm).
+
+    Shape:
+        - items: any shape, int64 in [0, N)
+        - output: ``(*items, M, D)`` and present ``(*items, M)``, bool
+
+    Raises:
+        ValueError: If there is no modality or ``hidden_layers`` is neither 1 nor 2.
+    """
+
+    def __init__(
+        self, features: Mapping[str, ItemVectors], hidden_size: int, hidden_layers: int = 1
+    ) -> None:
+        super().__init__()
+        if not features:
+            raise ValueError("there is no modality to project")
+        if hidden_layers not in (1, 2):
+            raise ValueError(f"hidden_layers must be 1 or 2, got {hidden_layers}")
+        self.features = nn.ModuleDict(
+            {
+                name: vectors
+                if isinstance(vectors, FrozenFeatures)
+                else FrozenFeatures(vectors.values, vectors.rows, vectors.present)
+                for name, vectors in features.items()
+            }
+        )
+        self.project = nn.ModuleDict(
+            {
+                name: _projection(vectors.values.shape[1], hidden_size, hidden_layers)
+                for name, vectors in features.items()
+            }
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Modalities in the order of the output."""
+        return tuple(self.features)
+
+    def forward(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Project the features of items; shapes as in the class."""
+        present, projected = [], []
+        for name, project in self.project.items():
+            features = cast(FrozenFeatures, self.features[name])
+            present.append(features.present[items])
+            projected.append(project(features(items)))
+        mask = torch.stack(present, dim=-1)  # (*items, M)
+        hidden = torch.stack(projected, dim=-2)  # (*items, M, D)
+        # a bias, or layer norm, would give an absent feature a vector
+        return torch.where(mask.unsqueeze(-1), hidden, 0.0), mask
+
+
+def _projection(width: int, hidden_size: int, hidden_layers: int) -> nn.Module:
+    if hidden_layers == 1:
+        return nn.Linear(width, hidden_size)
+    return nn.Sequential(
+        nn.Linear(width, hidden_size),  # W_1
+        nn.GELU(),
+        nn.Linear(hidden_size, hidden_size),  # W_2
+        nn.LayerNorm(hidden_size),
+    )
