@@ -30,8 +30,10 @@ from uuid import uuid4
 
 import numpy as np
 import torch
+from recbole.utils.enum_type import FeatureType
 from torch import Tensor
 
+from recbole_mm.data.atomic import nearest, read_atomic, read_header
 from recbole_mm.errors import EnvironmentFault, InputError
 
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)  # kept as they are on disk
@@ -40,7 +42,6 @@ CHUNK_BYTES = 1 << 22
 FRESH_NS = 2_000_000_000  # coarser than the time stamps of common file systems
 
 HEADERLESS = re.compile(r"\.feat\d+CLS")
-ATOMIC_TYPES = ("token", "token_seq", "float", "float_seq")
 TABLE_KINDS = ("parquet", "csv", "atomic")  # formats with named columns
 ROW_COLUMNS = ("row", "row_index")
 
@@ -102,13 +103,15 @@ def kind_of(path: Path) -> str:
             f"{path}: a pickle can run code when it is read and is never read here; "
             "save the matrix with numpy.save"
         )
-    if _is_atomic(path):
-        return "atomic"
-    raise InputError(
-        f"{path}: unknown feature format {suffix!r}; use .safetensors, .npz, .npy, .pt, .parquet, "
-        ".csv, .feat<N>CLS, a folder of <item token>.npy, or a RecBole atomic file whose header "
-        "is field:type"
-    )
+    try:
+        read_header(path)
+    except InputError as error:
+        raise InputError(
+            f"{path}: unknown feature format {suffix!r}; use .safetensors, .npz, .npy, .pt, "
+            ".parquet, .csv, .feat<N>CLS, a folder of <item token>.npy, or a RecBole atomic file, "
+            f"which this is not: {error}"
+        ) from error
+    return "atomic"
 
 
 def read_features(
@@ -598,11 +601,9 @@ def _position(path: Path, columns: Sequence[str], wanted: str | None, key: str =
     if wanted is None:
         return columns.index("item_id") if "item_id" in columns else 0
     if wanted not in columns:
-        close = get_close_matches(wanted, columns, n=1)
         shown = ", ".join(map(repr, columns[:8])) + (", ..." if len(columns) > 8 else "")
         raise InputError(
-            f"{path}: no column {wanted!r}; set `{key}` to one of {shown}"
-            + (f" (did you mean {close[0]!r}?)" if close else "")
+            f"{path}: no column {wanted!r}; set `{key}` to one of {shown}{nearest(wanted, columns)}"
         )
     return columns.index(wanted)
 
@@ -655,51 +656,13 @@ def _read_csv(path: Path, id_col: str | None, column: str | None) -> FeatureFile
     return rows.file()
 
 
-def _atomic_fields(header: str) -> list[tuple[str, str]] | None:
-    """(field, type) pairs of a RecBole header, or ``None`` if this is not one."""
-    fields = [tuple(column.split(":")) for column in header.rstrip("\r\n").split("\t")]
-    if not all(len(pair) == 2 and pair[0] and pair[1] in ATOMIC_TYPES for pair in fields):
-        return None
-    return [(name, kind) for name, kind in fields]
-
-
-def _is_atomic(path: Path) -> bool:
-    with _reading(path, "text"), path.open("rb") as stream:
-        header = stream.readline(1 << 16).decode("utf-8-sig", errors="replace")
-    return _atomic_fields(header) is not None
-
-
-def _atomic_table(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line, cells) of a RecBole atomic file, the names of the fields first.
-
-    Quotes are plain characters, CRLF and BOM are accepted, every row is kept.
-    """
-    with _reading(path, "text"), path.open(encoding="utf-8-sig", newline="\n") as stream:
-        header = stream.readline()
-        fields = _atomic_fields(header)
-        if fields is None:
-            raise InputError(
-                f"{path}: header {header.rstrip()[:80]!r} is not RecBole's field:type; "
-                f"give each column one of the types {', '.join(ATOMIC_TYPES)}"
-            )
-        yield 1, [name for name, _ in fields]
-        for line, text in enumerate(stream, start=2):
-            cells = text.rstrip("\r\n").split("\t")
-            if cells == [""]:
-                continue
-            if len(cells) != len(fields):
-                raise InputError(
-                    f"{path}, line {line}: {len(cells)} columns, the header has {len(fields)}; "
-                    "mend the line"
-                )
-            yield line, cells
-
-
 def _read_atomic(path: Path, id_col: str | None, column: str | None) -> FeatureFile:
-    """RecBole's side file; an empty ``float_seq`` is an item without a vector."""
-    with _reading(path, "text"), path.open(encoding="utf-8-sig") as stream:
-        fields = _atomic_fields(stream.readline()) or []
-    sequences = [name for name, kind in fields if kind == "float_seq"]
+    """RecBole's side file; an empty ``float_seq`` is an item without a vector.
+
+    Read line by line: the text of the numbers takes more room than the numbers.
+    """
+    header = read_header(path)
+    sequences = [name for name, kind in header.items() if kind is FeatureType.FLOAT_SEQ]
     if column is None and len(sequences) == 1:
         column = sequences[0]
     if column not in sequences:
@@ -707,12 +670,21 @@ def _read_atomic(path: Path, id_col: str | None, column: str | None) -> FeatureF
             f"{path}: float_seq columns are {sequences}, `column` is {column!r}; "
             "set `column` to the one that holds the vectors"
         )
-    table = _atomic_table(path)
-    _, names = next(table)
+    names = list(header)
     at, vector_at = _position(path, names, id_col), names.index(column)
     rows = _TextRows(path)
-    for line, cells in table:
-        rows.add(cells[at], cells[vector_at].split(), line)
+    with _reading(path, "text"), path.open(encoding="utf-8-sig", newline="\n") as stream:
+        next(stream)
+        for line, text in enumerate(stream, start=2):
+            cells = text.rstrip("\r\n").split("\t")
+            if cells == [""]:
+                continue
+            if len(cells) != len(names):
+                raise InputError(
+                    f"{path}, line {line}: {len(cells)} columns, the header has {len(names)}; "
+                    "mend the line"
+                )
+            rows.add(cells[at], cells[vector_at].split(), line)
     return rows.file()
 
 
@@ -834,10 +806,9 @@ def read_ids(path: Path, *, id_col: str | None = None) -> tuple[list[str], list[
         return _item2index(path)
     if suffix in (".csv", ".tsv"):
         return _csv_ids(path, id_col)
-    table = _atomic_table(path)
-    _, names = next(table)
-    at = _position(path, names, id_col)
-    return [cells[at] for _, cells in table], None
+    names = list(read_header(path))
+    name = names[_position(path, names, id_col)]
+    return read_atomic(path, columns=[name], as_text=[name]).frame[name].tolist(), None
 
 
 def _json_ids(path: Path) -> tuple[list[str], list[int] | None]:

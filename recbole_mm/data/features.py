@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recbole_mm.data.atomic import nearest
 from recbole_mm.data.feature_files import (
     TABLE_KINDS,
     FeatureFile,
@@ -283,9 +283,9 @@ def _declaration(name: str, raw: Mapping[str, Any]) -> Declaration:
     keys = [field.name for field in fields(Declaration)]
     for key, value in given.items():
         if key not in keys:
-            close = get_close_matches(str(key), keys, n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise InputError(f"unknown key {key!r}; {hint}Known: {', '.join(keys)}")
+            raise InputError(
+                f"unknown key {key!r}{nearest(str(key), keys)}; use one of {', '.join(keys)}"
+            )
         if key in CHOICES and value not in CHOICES[key]:
             raise InputError(f"{key}: {value!r}; set one of {', '.join(CHOICES[key])}")
         if key == "dim":
