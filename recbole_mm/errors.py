@@ -18,7 +18,7 @@ class InputError(RecboleMMError, ValueError):
     exit_code = 2
 
 
-class EnvironmentFault(RecboleMMError, RuntimeError):
+class EnvironmentFault(RecboleMMError, RuntimeError):  # noqa: N818  (EnvironmentError is taken)
     """The machine said no: a missing package, a full disk, a read-only folder (exit code 3)."""
 
     exit_code = 3

@@ -11,6 +11,7 @@ Sequences are padded on the right: ``length`` (B,) counts the real positions of 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -219,18 +220,17 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         if n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, got {n_layers}")
-        self.layer = nn.ModuleList(
-            TransformerLayer(
-                n_heads,
-                hidden_size,
-                inner_size,
-                hidden_dropout_prob,
-                attn_dropout_prob,
-                hidden_act,
-                layer_norm_eps,
-            )
-            for _ in range(n_layers)
+        layer = TransformerLayer(
+            n_heads,
+            hidden_size,
+            inner_size,
+            hidden_dropout_prob,
+            attn_dropout_prob,
+            hidden_act,
+            layer_norm_eps,
         )
+        # copies, as in RecBole: a model that draws its weights afterwards draws the same ones
+        self.layer = nn.ModuleList(copy.deepcopy(layer) for _ in range(n_layers))
 
     def _inner(self, x: Tensor, visible: Tensor, causal: bool, n_layers: int) -> Tensor:
         # causal: padding stands to the right, so no real position ever sees it; no mask needed

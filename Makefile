@@ -1,0 +1,49 @@
+# make run and make test set up everything they need, in .venv
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: run test test-slow check format bench clean
+
+run: $(VENV)/installed
+	$(BIN)/python run_recbole_mm.py --model=MUFASA $(ARGS)
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+check: $(VENV)/installed-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed-check
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparse_attention.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# one stamp for each set of packages: pip runs again only when what it would install changed
+$(VENV)/installed: $(VENV)/bin/python setup.cfg constraints.txt
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e .[test]
+	@touch $@
+
+$(VENV)/installed-check: $(VENV)/installed-test
+	$(BIN)/python -m pip install -q -c constraints.txt -e .[test,check]
+	@touch $@

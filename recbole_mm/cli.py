@@ -1,0 +1,119 @@
+"""The command line: ``recbole-mm run`` and ``run_recbole_mm.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from recbole_mm import __version__
+from recbole_mm.errors import RecboleMMError
+
+_EPILOG = """\
+Any key of the configuration can follow as --key=value, for example
+  --learning_rate=0.0005 --MAX_ITEM_LIST_LENGTH=200 --modalities=[text] --epochs=20
+
+exit codes: 0 done, 2 bad input or configuration, 3 environment or disk, 4 numerical failure
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``recbole-mm``; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="recbole-mm",
+        description="Multimodal sequential recommendation for RecBole.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"recbole-mm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    _add_run_arguments(
+        commands.add_parser(
+            "run",
+            help="train and evaluate one model",
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+    )
+    commands.add_parser("models", help="list the models that run")
+    known, rest = parser.parse_known_args(arguments)
+    if known.command == "models":
+        return _guarded(_print_models)
+    return _guarded(lambda: _run(known, rest))
+
+
+def run_main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``run_recbole_mm.py``: ``recbole-mm run`` without the word ``run``."""
+    parser = argparse.ArgumentParser(
+        prog="run_recbole_mm.py",
+        allow_abbrev=False,
+        description="Train and evaluate one model under RecBole.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_run_arguments(parser)
+    known, rest = parser.parse_known_args(arguments)
+    return _guarded(lambda: _run(known, rest))
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", "-m", help="a model of this package or of RecBole (MUFASA)")
+    parser.add_argument("--dataset", "-d", help="folder name below data_path (ml-100k)")
+    parser.add_argument("--config_files", default="", help='YAML files: "a.yaml b.yaml"')
+
+
+def _guarded(action: Any) -> int:
+    try:
+        action()
+    except RecboleMMError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0
+
+
+def _print_models() -> None:
+    from recbole_mm.registry import model_names
+
+    print("\n".join(model_names()))  # noqa: T201
+
+
+def _run(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    from recbole_mm.quick_start import run  # torch and RecBole: seconds that --help need not wait
+
+    files = known.config_files.split()
+    result = run(
+        *_model_and_dataset(known, files), config_file_list=files or None, command_line=rest
+    )
+    _print_result(result)
+
+
+def _model_and_dataset(
+    known: argparse.Namespace, files: Sequence[str]
+) -> tuple[str | None, str | None]:
+    # with config files, model and dataset may stand there
+    model = known.model or (None if files else "MUFASA")
+    dataset = known.dataset or (None if files else "ml-100k")
+    return model, dataset
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    valid = result["best_valid_result"] or {}
+    rows = [[name, valid.get(name), value] for name, value in result["test_result"].items()]
+    title = (
+        f"{result['model']} on {result['dataset']}: best epoch {result['best_epoch']} of "
+        f"{result['epochs']}, {result['parameters']:,} parameters, {result['seconds']:.0f} s"
+    )
+    print()  # noqa: T201
+    print(title)  # noqa: T201
+    print(tabulate(rows, headers=["metric", "valid", "test"], floatfmt=".4f"))  # noqa: T201
+    if result["run"]:
+        print(f"run folder: {result['run']}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    sys.exit(main())

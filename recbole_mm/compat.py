@@ -1,0 +1,163 @@
+"""Gaps between RecBole 1.2 and today's packages, each with the bound at which it can go.
+
+Nothing here runs at import, and nothing writes into RecBole's modules or classes: a gap is
+closed where our own code passes it. What has to be set process-wide is what RecBole sets
+process-wide itself (numpy's old names), or what it should not have set (anomaly detection).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import os
+import types
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+
+from recbole_mm.errors import EnvironmentFault
+
+# Folders of RecBole's models, without `exlib_recommender`: importing that package needs lightgbm
+# and xgboost even to find out that a model is not there. Can go with a RecBole whose get_model
+# does not import it.
+_MODEL_PACKAGES = (
+    "general_recommender",
+    "context_aware_recommender",
+    "sequential_recommender",
+    "knowledge_aware_recommender",
+)
+
+
+def check_versions() -> None:
+    """Refuse the package versions with which RecBole fails silently.
+
+    Bound: RecBole fills missing values in place on a column, which pandas 3 ignores (the padding
+    row of token fields becomes -9223372036854775808). Can go with a RecBole that requires pandas 3.
+
+    Raises:
+        EnvironmentFault: With pandas 3 or newer.
+    """
+    pandas = version("pandas")
+    if int(pandas.split(".")[0]) >= 3:
+        raise EnvironmentFault(
+            f"pandas {pandas} is installed, but RecBole {version('recbole')} silently corrupts "
+            "padding values with pandas 3: run `pip install 'pandas<3'`"
+        )
+
+
+def set_numpy_names() -> None:
+    """Give numpy the names of its 1.x scalars that RecBole still uses.
+
+    RecBole's ``Config`` sets the same names, but through ``np.float_`` and friends, which numpy 2
+    dropped; its metrics then read ``np.float``. Bound: RecBole > 1.2.1 without ``np.float``.
+    """
+    names = {
+        "bool": np.bool_,
+        "int": np.int_,
+        "float": np.float64,
+        "complex": np.complex128,
+        "object": np.object_,
+        "str": np.str_,
+        "long": np.int_,
+        "unicode": np.str_,
+    }
+    for name, scalar in names.items():
+        setattr(np, name, scalar)
+
+
+def import_model(name: str) -> type | None:
+    """RecBole's model class of that name, or ``None``.
+
+    Importing RecBole's sequential models switches autograd anomaly detection on for the whole
+    process (``sine.py``, line 25), which costs 14-39 % of a training step; it is switched off
+    again. Bound: RecBole > 1.2.1 without that line.
+    """
+    try:
+        for package in _MODEL_PACKAGES:
+            module = f"recbole.model.{package}.{name.lower()}"
+            if importlib.util.find_spec(module) is not None:
+                model = getattr(importlib.import_module(module), name, None)
+                return _with_public_dok(model) if isinstance(model, type) else None
+        return None
+    finally:
+        torch.autograd.set_detect_anomaly(False)
+
+
+class _DokMatrix(sp.dok_matrix):
+    """``dok_matrix`` with the private ``_update`` that scipy 1.13 removed."""
+
+    def _update(self, entries: Mapping[tuple[int, int], float]) -> None:
+        for key, value in entries.items():
+            self[key] = value
+
+
+def _with_public_dok(model: type) -> type:
+    """The model itself, or a subclass of it that builds its graph on today's scipy.
+
+    LightGCN, NGCF, SpectralCF, GCMC, NCL, KGIN and MCCLK fill a ``dok_matrix`` through its private
+    ``_update``. The methods that do are run with a scipy namespace whose ``dok_matrix`` has it; the
+    class and its module stay as they are. Bound: scipy < 1.13, or RecBole > 1.2.1.
+    """
+    if hasattr(sp.dok_matrix, "_update"):
+        return model
+    namespace = types.SimpleNamespace(**{**vars(sp), "dok_matrix": _DokMatrix})
+    methods = {
+        name: types.FunctionType(
+            method.__code__,
+            {**method.__globals__, "sp": namespace},
+            name,
+            method.__defaults__,
+        )
+        for name, method in inspect.getmembers(model, inspect.isfunction)
+        if "_update" in method.__code__.co_names and "dok_matrix" in method.__code__.co_names
+    }
+    if not methods:
+        return model
+    return type(model.__name__, (model,), {**methods, "__module__": model.__module__})
+
+
+@contextlib.contextmanager
+def without_recboles_warnings() -> Iterator[None]:
+    """Run a block without the deprecation warnings that RecBole's own lines raise.
+
+    They name pandas 2 and torch 2 habits inside RecBole, which no user of ours can mend. Bound:
+    RecBole > 1.2.1.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"recbole\.")
+        warnings.filterwarnings("ignore", message=r"__array_wrap__ must accept context")
+        yield
+
+
+@contextlib.contextmanager
+def working_directory(path: Path) -> Iterator[None]:
+    """Run a block inside ``path``.
+
+    RecBole's trainer opens a TensorBoard writer under ``./log_tensorboard``, whatever
+    ``checkpoint_dir`` says; it is built in a scratch folder and given another writer. Bound: a
+    RecBole whose trainer takes the folder as an argument.
+    """
+    before = Path.cwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def config_device(values: Mapping[str, Any]) -> torch.device:
+    """The device of a single-process run.
+
+    RecBole ignores ``use_gpu: False`` when CUDA is there. Bound: RecBole > 1.2.1.
+    """
+    if values["use_gpu"] and values["gpu_id"] != "" and torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("cpu")

@@ -1,0 +1,322 @@
+"""RecBole's ``Config`` that also knows this package."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from recbole.config import Config as RecBoleConfig
+from recbole.utils import ModelType, argument_list
+
+from recbole_mm import compat, config_rules
+from recbole_mm.errors import InputError, RecboleMMError
+from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model
+
+_HERE = Path(__file__).resolve().parent
+
+
+def _shipped(name: str) -> Path:
+    """A folder of the checkout that an installed wheel carries inside the package."""
+    return next(p for p in (_HERE / name, _HERE.parent / name) if p.is_dir())
+
+
+PROPERTIES = _shipped("properties")
+DATASETS = _shipped("dataset_atomic")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads ``1e-3`` as a number, as RecBole's own loader does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
+        |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
+        |[-+]?\.(?:inf|Inf|INF)
+        |\.(?:nan|NaN|NAN))$""",
+        re.X,
+    ),
+    list("-+0123456789."),
+)
+
+
+def parse_value(text: str) -> Any:
+    """A command-line value as a YAML scalar, list or mapping; text that is no YAML stays text."""
+    if text in ("None", "none"):
+        return None
+    try:
+        # the loader is a SafeLoader
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError:
+        return text
+    return text if isinstance(value, (bytes,)) or _is_date(value) else value
+
+
+def _is_date(value: Any) -> bool:
+    return hasattr(value, "isoformat")
+
+
+class Config(RecBoleConfig):
+    """RecBole's ``Config`` that also knows our models, property files and rules.
+
+    Precedence, weakest first: RecBole's defaults, ``properties/overall.yaml``,
+    ``properties/model/<Model>.yaml``, ``properties/dataset/<dataset>.yaml``, config files,
+    ``config_dict``, command line.
+
+    Differences from RecBole: values are never evaluated as Python; YAML is read by a safe loader;
+    unknown keys, wrong types and impossible values are refused before any data is read; the
+    command line is an argument and not the ``sys.argv`` of whatever program imports us.
+
+    Args:
+        model: Name or class of a model of this package or of RecBole.
+        dataset: Name of the data set.
+        config_file_list: YAML files, later ones stronger.
+        config_dict: Values by key.
+        command_line: Arguments of the form ``--key=value``.
+
+    Raises:
+        InputError: On anything above, naming key, value, source and mend.
+    """
+
+    def __init__(
+        self,
+        model: str | type | None = None,
+        dataset: str | None = None,
+        config_file_list: Sequence[str | Path] | None = None,
+        config_dict: Mapping[str, Any] | None = None,
+        command_line: Sequence[str] = (),
+    ) -> None:
+        compat.check_versions()
+        self._command_line = list(command_line)
+        try:
+            super().__init__(model, dataset, config_file_list, config_dict)
+        except RecboleMMError:
+            raise
+        except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            reason = error.args[0] if error.args else error
+            raise InputError(f"configuration: {reason}") from error
+
+    # RecBole's steps, in the order in which its constructor takes them
+
+    def compatibility_settings(self) -> None:
+        """Numpy's old names, in today's spelling."""
+        compat.set_numpy_names()
+
+    def _build_yaml_loader(self) -> type[yaml.SafeLoader]:
+        return _Loader
+
+    def _load_config_files(self, file_list: Sequence[str | Path] | None) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for file in file_list or ():
+            values.update(_read_yaml(Path(file)))
+        return values
+
+    def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
+        return dict(config_dict or {})
+
+    def _load_cmd_line(self) -> dict[str, str]:
+        values: dict[str, str] = {}
+        for argument in self._command_line:
+            key, equals, value = argument.removeprefix("--").partition("=")
+            if not argument.startswith("--") or not equals or not key:
+                raise InputError(f"command line: {argument!r} is not of the form --key=value")
+            if values.get(key, value) != value:
+                raise InputError(
+                    f"command line: {key!r} is given twice, as {values[key]!r} and {value!r}"
+                )
+            values[key] = value
+        return values
+
+    def _get_model_and_dataset(
+        self, model: str | type | None, dataset: str | None
+    ) -> tuple[str, type, str]:
+        given = model if model is not None else self.external_config_dict.get("model")
+        if isinstance(given, str):
+            given = get_model(given)
+        name, model_class, data = super()._get_model_and_dataset(given, dataset)
+        if not isinstance(data, str) or Path(data).name != data or data in ("", ".", ".."):
+            raise InputError(f"dataset must be a plain folder name below data_path, got {data!r}")
+        return name, model_class, data
+
+    def _load_internal_config_dict(self, model: str, model_class: type, dataset: str) -> None:
+        super()._load_internal_config_dict(model, model_class, dataset)
+        recbole_model = RECBOLE_PROPERTIES / f"model/{model}.yaml"
+        self._recbole_model_keys = (
+            set(_read_yaml(recbole_model))
+            if model not in MODELS and recbole_model.is_file()
+            else set()
+        )
+        load_col = self.internal_config_dict.get("load_col") or {}
+        for path in (
+            PROPERTIES / "overall.yaml",
+            PROPERTIES / f"model/{model}.yaml",
+            PROPERTIES / f"dataset/{dataset}.yaml",
+        ):
+            if path.is_file():
+                self._update_internal_config_dict(path)
+        # RecBole's quick-start files name the .kg, .link and .item columns that some models need
+        self.internal_config_dict["load_col"] = {
+            **load_col,
+            **(self.internal_config_dict.get("load_col") or {}),
+        }
+
+    def _get_final_config_dict(self) -> dict[str, Any]:
+        final = dict(self.internal_config_dict)
+        known = set(final) | _recbole_keys()
+        declared: dict[str, Any] = dict(final.get("modalities") or {})
+        chosen: Any = None
+        for source, values in (
+            ("a config file", self.file_config_dict),
+            ("config_dict", self.variable_config_dict),
+            ("the command line", self.cmd_config_dict),
+        ):
+            for key, given in values.items():
+                if key not in known:
+                    config_rules.check_known(key, source, known | _other_models_keys())
+                    continue  # a key of another model, in a file that several models share
+                default = self.internal_config_dict.get(key)
+                value = given
+                if isinstance(given, str) and source != "a config file":
+                    value = _from_text(given, default)
+                config_rules.check_type(
+                    key, value, default, source, lenient_int=key in self._recbole_model_keys
+                )
+                final[key] = value
+                if key == "modalities":
+                    if isinstance(value, Mapping):
+                        declared, chosen = dict(value), None
+                    else:
+                        chosen = list(value or [])
+        final["modalities"] = _choose(declared, chosen)
+        return final
+
+    def _set_default_parameters(self) -> None:
+        final = self.final_config_dict
+        if "data_path" not in self.external_config_dict and (DATASETS / self.dataset).is_dir():
+            final["data_path"] = str(DATASETS)
+        final["metrics"] = list(
+            [final["metrics"]] if isinstance(final["metrics"], str) else final["metrics"]
+        )
+        config_rules.check_values(final, model=self.model_class)
+
+        sequential = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        if "repeatable" not in self.external_config_dict:
+            final["repeatable"] = sequential
+        if (
+            sequential
+            and final.get("loss_type") == "CE"
+            and "train_neg_sample_args" not in self.external_config_dict
+        ):
+            # RecBole makes every user of a cross-entropy model say so
+            final["train_neg_sample_args"] = None
+        columns = final.get("selected_features")
+        if columns and "item" not in final["load_col"]:
+            final["load_col"] = {**final["load_col"], "item": [final["ITEM_ID_FIELD"], *columns]}
+        super()._set_default_parameters()
+        self._check_dataset_exists()
+
+    def _check_dataset_exists(self) -> None:
+        folder = Path(self.final_config_dict["data_path"])
+        names = [f"{self.dataset}.inter"]
+        if self.final_config_dict.get("benchmark_filename"):
+            names = [
+                f"{self.dataset}.{part}.inter"
+                for part in self.final_config_dict["benchmark_filename"]
+            ]
+        for name in names:
+            if not (folder / name).is_file():
+                above = folder.parent
+                found = (
+                    sorted(p.name for p in above.glob("*") if (p / f"{p.name}.inter").is_file())
+                    if above.is_dir()
+                    else []
+                )
+                raise InputError(
+                    f"no data set {self.dataset!r}: looked for {folder / name}; "
+                    f"data sets below {above}: {', '.join(found) or 'none'}"
+                    f"{config_rules.nearest(self.dataset, found)}; set data_path to the "
+                    f"folder that holds {self.dataset}/"
+                )
+
+    def _init_device(self) -> None:
+        super()._init_device()
+        if self.final_config_dict["single_spec"]:
+            self.final_config_dict["device"] = compat.config_device(self.final_config_dict)
+
+    def resolved(self) -> dict[str, Any]:
+        """All values as plain data, ready for YAML or JSON."""
+        return {key: _plain(value) for key, value in sorted(self.final_config_dict.items())}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config file {path}: cannot be read ({error}); check the path") from error
+    try:
+        values = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"config file {path}: not valid YAML, or not plain data: {error}"
+        ) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise InputError(f"config file {path}: must be a mapping of keys to values")
+    return values
+
+
+def _from_text(text: str, default: Any) -> Any:
+    """Text of the command line or of ``config_dict`` as the type that its key has."""
+    if isinstance(default, str):
+        return None if text in ("None", "~", "null") else text
+    return parse_value(text)
+
+
+def _choose(declared: Mapping[str, Any], chosen: list[str] | None) -> dict[str, Any]:
+    for name in chosen or ():
+        if name not in declared:
+            raise InputError(
+                f"modalities: {name!r} is not declared; declared: {', '.join(declared) or 'none'}. "
+                "Declare it as a mapping, for example modalities: {"
+                + f"{name}: {{path: ...}}"
+                + "}"
+            )
+    return {name: declared[name] for name in (declared if chosen is None else chosen)}
+
+
+def _recbole_keys() -> set[str]:
+    """Keys that RecBole knows for every model."""
+    lists = (
+        argument_list.general_arguments,
+        argument_list.training_arguments,
+        argument_list.evaluation_arguments,
+        argument_list.dataset_arguments,
+    )
+    return {key for arguments in lists for key in arguments} | config_rules.RECBOLE_UNWRITTEN
+
+
+def _other_models_keys() -> set[str]:
+    files = [*(RECBOLE_PROPERTIES / "model").glob("*.yaml"), *(PROPERTIES / "model").glob("*.yaml")]
+    return {key for file in files for key in _read_yaml(file)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    if isinstance(value, torch.device):
+        return str(value)
+    return str(value)

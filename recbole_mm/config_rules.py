@@ -1,0 +1,192 @@
+"""What a configuration may say: known keys, types, values.
+
+Every rule raises :class:`~recbole_mm.errors.InputError` with the key, the offending value, where
+it was set and the mend, and none reads data.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from recbole.evaluator.register import metric_types
+
+from recbole_mm.errors import InputError
+
+OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
+
+# read by RecBole's code, written in none of its property files
+RECBOLE_UNWRITTEN = frozenset(
+    {
+        *("additional_feat_suffix", "benchmark_filename", "discretization", "encoding"),
+        *("numerical_features", "selected_features", "reg_weight", "token_num", "feature_num"),
+        *("train_rec_step", "ui_embedding_size", "xgb_early_stopping_rounds", "config_files"),
+        *("model", "dataset", "device", "local_rank", "nproc", "world_size", "ip", "port"),
+        *("offset", "single_spec", "MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type"),
+    }
+)
+
+# keys that RecBole lets have several types, whatever the type of their default
+_FLEXIBLE: dict[str, tuple[type, ...]] = {
+    "gpu_id": (str, int, tuple, list),
+    "metrics": (list, tuple, str),
+    "topk": (list, tuple, int),
+    "modalities": (dict, list, tuple, type(None)),
+    "normalize_all": (bool, type(None)),
+    "load_col": (dict, type(None)),
+    "train_neg_sample_args": (dict, type(None)),
+    "additional_feat_suffix": (list, tuple, str),
+}
+
+_TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the most similar known name, else an empty string."""
+    by_lower = {candidate.lower(): candidate for candidate in sorted(known)}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
+
+
+def check_known(key: str, source: str, known: Iterable[str]) -> None:
+    """Refuse a key that no code reads."""
+    known = set(known)
+    if key not in known:
+        raise InputError(f"unknown key {key!r} in {source}{nearest(key, known)}")
+
+
+def check_type(key: str, value: Any, default: Any, source: str, *, lenient_int: bool) -> None:
+    """Refuse a value whose type differs from that of the key's default.
+
+    Args:
+        key: Name of the key.
+        value: What was set.
+        default: What the property files say; ``None`` tells nothing about the type.
+        source: Where the value comes from, for the message.
+        lenient_int: Let a float replace an int: RecBole's model files write some weights as ints.
+    """
+    if key in _FLEXIBLE:
+        allowed: tuple[type, ...] = _FLEXIBLE[key]
+    elif isinstance(default, bool):
+        allowed = (bool,)
+    elif isinstance(default, int):
+        allowed = (int, float) if lenient_int else (int,)
+    elif isinstance(default, float):
+        allowed = (float, int)
+    elif isinstance(default, str):
+        # RecBole switches a field or an option off with None
+        allowed = (str, type(None))
+    elif isinstance(default, (list, tuple)):
+        allowed = (list, tuple, type(None))
+    elif isinstance(default, dict):
+        allowed = (dict, type(None))
+    else:
+        return
+    wrong_bool = isinstance(value, bool) and bool not in allowed
+    if wrong_bool or not isinstance(value, allowed):
+        names = " or ".join(
+            dict.fromkeys(_TYPE_NAMES.get(t, "None") for t in allowed if t is not tuple)
+        )
+        raise InputError(
+            f"{key} must be of type {names}, got {value!r} ({type(value).__name__}) in {source}"
+        )
+
+
+def check_values(config: Mapping[str, Any], *, model: type) -> None:
+    """Refuse values that would fail, or be ignored, somewhere inside a run."""
+    _check_ranges(config)
+    _check_metrics(config)
+    _check_training(config, model)
+    for option in ("save_dataset", "save_dataloaders"):
+        if config.get(option):
+            raise InputError(
+                f"{option}: True writes a pickle that ignores the contents of its sources; "
+                f"remove {option}"
+            )
+
+
+def _check_ranges(config: Mapping[str, Any]) -> None:
+    lowest = {
+        "train_batch_size": 1,
+        "eval_batch_size": 1,
+        "eval_step": 1,
+        "epochs": 0,
+        "stopping_step": 0,
+        "worker": 0,
+        "metric_decimal_place": 1,
+        "MAX_ITEM_LIST_LENGTH": 1,
+    }
+    for key, low in lowest.items():
+        if config.get(key) is not None and config[key] < low:
+            raise InputError(f"{key} must be at least {low}, got {config[key]!r}")
+    if config["learning_rate"] <= 0:
+        raise InputError(f"learning_rate must be positive, got {config['learning_rate']!r}")
+    if not 0 <= config["min_coverage"] <= 1:
+        raise InputError(f"min_coverage must lie in [0, 1], got {config['min_coverage']!r}")
+    for key, value in config.items():
+        if key.endswith("dropout_prob") and isinstance(value, (int, float)) and not 0 <= value < 1:
+            raise InputError(f"{key} must lie in [0, 1), got {value!r}")
+    if config["on_bad_time"] not in ("error", "drop"):
+        raise InputError(f"on_bad_time must be 'error' or 'drop', got {config['on_bad_time']!r}")
+
+
+def _check_metrics(config: Mapping[str, Any]) -> None:
+    metrics = config["metrics"]
+    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
+    for metric in metrics:
+        if not isinstance(metric, str) or metric.lower() not in metric_types:
+            raise InputError(
+                f"metrics: unknown metric {metric!r}{nearest(str(metric), metric_types)} "
+                f"known metrics: {', '.join(sorted(metric_types))}"
+            )
+    topk = config["topk"]
+    topk = [topk] if isinstance(topk, int) else list(topk)
+    for k in topk:
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise InputError(f"topk must hold positive integers, got {k!r}")
+
+    name, _, cut = str(config["valid_metric"]).partition("@")
+    if name.lower() not in {metric.lower() for metric in metrics}:
+        raise InputError(
+            f"valid_metric {config['valid_metric']!r} is not among metrics {metrics}: "
+            f"add {name!r} to metrics or choose one of them"
+        )
+    if cut and (not cut.isdigit() or int(cut) not in topk):
+        raise InputError(
+            f"valid_metric {config['valid_metric']!r} is outside topk {topk}: "
+            f"add {cut} to topk or use for example {name}@{topk[-1]}"
+        )
+
+
+def _check_training(config: Mapping[str, Any], model: type) -> None:
+    learner = str(config["learner"])
+    if learner.lower() not in OPTIMIZERS:
+        raise InputError(
+            f"learner: unknown optimizer {learner!r}{nearest(learner, OPTIMIZERS)} "
+            f"known: {', '.join(OPTIMIZERS)}"
+        )
+    heads = config.get("n_heads")
+    for width in ("hidden_size", "embedding_size"):
+        size = config.get(width)
+        if isinstance(heads, int) and isinstance(size, int) and (heads < 1 or size % heads):
+            raise InputError(
+                f"n_heads must divide {width}: {size} is not a multiple of {heads}; "
+                f"set {width} to {max(heads, 1) * max(1, round(size / max(heads, 1)))}, "
+                "or change n_heads"
+            )
+    offered = getattr(model, "offered_objectives", None)
+    objectives: tuple[str, ...] = offered(config) if offered else ("last",)
+    objective = config["train_objective"]
+    if objective not in ("last", "all"):
+        raise InputError(f"train_objective must be 'last' or 'all', got {objective!r}")
+    if objective not in objectives:
+        reason = getattr(
+            model,
+            "no_all_positions_reason",
+            f"RecBole's {model.__name__} reads one position of a row",
+        )
+        raise InputError(
+            f"train_objective {objective!r} is not possible for {model.__name__}: {reason}; "
+            f"use train_objective: {objectives[0]}"
+        )

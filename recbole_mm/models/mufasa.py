@@ -1,0 +1,259 @@
+r"""MUFASA
+################################################
+
+Reference:
+    "MUFASA", a multimodal fusion and sparse attention-based alignment model for long sequential
+    recommendation. https://arxiv.org/abs/2508.09664
+
+The abstract is public, the formulas are not. It fixes two parts and what each is for:
+
+=================================================  ===========================================
+Multimodal Fusion Layer (MFL), title as anchor     :class:`.MultimodalFusion`
+its four losses                                    :class:`.FusionLosses`
+Sparse Attention-guided Alignment Layer (SAL)      :class:`.SparseAlignmentEncoder`
+item vector, user vector, score, objective         :class:`MUFASA`
+=================================================  ===========================================
+
+Every formula is [ours]; ``properties/model/MUFASA.yaml`` marks each choice.
+
+Shapes: B batch, L sequence length, N items, U distinct items of a batch, M modalities, D hidden
+size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from recbole_mm.layers.projection import ModalityProjection
+from recbole_mm.models.base import MultimodalSequentialRecommender
+from recbole_mm.modules.multimodal_fusion import FusionLosses, MultimodalFusion
+from recbole_mm.modules.sparse_alignment import SparseAlignmentEncoder
+
+if TYPE_CHECKING:
+    from recbole.data.interaction import Interaction
+
+    from recbole_mm.config import Config
+    from recbole_mm.data.dataset import MultimodalSequentialDataset
+
+FUSION_TERMS = ("semantic", "collaborative", "structure", "distribution")
+
+
+class MUFASA(MultimodalSequentialRecommender):
+    r"""Fused content plus id per item, sparse attention over a long history.
+
+    .. math::
+        v_i = z_i / \sqrt{D} + e_i, \qquad
+        u = \operatorname{SAL}(\operatorname{LN}(v_{s_1} + p_1), \dots)_{\text{last}}, \qquad
+        \text{score}_i = u^\top v_i
+
+    with :math:`z_i` the fused content, which layer norm keeps at length :math:`\sqrt D` (hence the
+    division: scores start near one), and :math:`e_i` a trained id embedding. Without modalities
+    it is the id-only model, with ``use_id: False`` the content-only one.
+    """
+
+    def __init__(self, config: Config, dataset: MultimodalSequentialDataset) -> None:
+        super().__init__(config, dataset)
+        hidden_size = config["hidden_size"]
+        self.use_id = config["use_id"]
+        self.mfl_batch_items = config["mfl_batch_items"]
+        self.collaborative_target = config["collaborative_target"]
+        names = self.features.names
+        if not names and not self.use_id:
+            raise ValueError("use_id is False and there is no modality: nothing describes an item")
+
+        weights = {f"{term}_weight": config[f"{term}_weight"] for term in FUSION_TERMS}
+        self.aligns_ids = (
+            bool(names)
+            and weights["collaborative_weight"] > 0
+            and config["collaborative_target"] == "id"
+        )
+        if self.use_id or self.aligns_ids:
+            self.item_embedding = nn.Embedding(self.n_items, hidden_size, padding_idx=0)  # e
+        if names:
+            anchor = config["anchor_modality"]
+            self.anchor = names.index(anchor) if anchor in names else 0
+            self.project = ModalityProjection(self.features, hidden_size, hidden_layers=2)
+            self.fusion = MultimodalFusion(
+                hidden_size,
+                self.anchor,
+                n_heads=config["n_heads"],
+                inner_size=config["inner_size"],
+                hidden_act=config["hidden_act"],
+                layer_norm_eps=config["layer_norm_eps"],
+                use_anchor=config["use_anchor"],
+            )
+        self.fusion_losses = (
+            FusionLosses(
+                hidden_size,
+                self.anchor,
+                **weights,
+                semantic_temperature=config["temperature"],
+                collaborative_temperature=config["temperature"],
+                structure_temperature=config["structure_temperature"],
+                cross_genre_threshold=config["cross_genre_threshold"],
+                collaborative_target=self.collaborative_target,
+                distribution=config["distribution"],
+            )
+            if names and any(weights.values())
+            else None
+        )
+        # terms of weight 0 are not computed
+        if self.fusion_losses is not None:
+            self.loss_names = (
+                "next_item",
+                *(t for t in FUSION_TERMS if weights[f"{t}_weight"] > 0),
+            )
+
+        self.position_embedding = nn.Embedding(self.max_seq_length, hidden_size)  # p
+        self.norm = nn.LayerNorm(hidden_size, eps=config["layer_norm_eps"])
+        self.dropout = nn.Dropout(config["hidden_dropout_prob"])
+        self.encoder = SparseAlignmentEncoder(
+            hidden_size,
+            n_layers=config["n_layers"],
+            n_heads=config["n_heads"],
+            inner_size=config["inner_size"],
+            hidden_act=config["hidden_act"],
+            hidden_dropout_prob=config["hidden_dropout_prob"],
+            attn_dropout_prob=config["attn_dropout_prob"],
+            layer_norm_eps=config["layer_norm_eps"],
+            window_size=config["window_size"],
+            block_size=config["block_size"],
+            n_selected_blocks=config["n_selected_blocks"],
+            selection=config["selection"],
+            compression=config["compression"],
+            block_evolution=config["block_evolution"],
+            use_window=config["use_window"],
+            use_block=config["use_block"],
+            use_selected=config["use_selected"],
+        )
+        categories = dataset.item_categories
+        self.register_buffer(
+            "categories", None if categories is None else categories.multi_hot, persistent=False
+        )
+        self.apply(self._init_weights)
+
+    # ------------------------------------------------------------------ items
+
+    def item_table(self) -> Tensor:
+        """Item vectors ``(N, D)``."""
+        return self._vectors(self._all_items(), self._fused(self._all_items()))
+
+    def _all_items(self) -> Tensor:
+        return torch.arange(self.n_items, device=self.position_embedding.weight.device)
+
+    def _fused(self, items: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Fused content z (U, D), projections h (U, M, D), presence (U, M)."""
+        if not self.features.names:
+            return None
+        h, present = self.project(items)
+        return self.fusion(h, present), h, present
+
+    def _vectors(self, items: Tensor, fused: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+        if fused is None:
+            return self.item_embedding.weight[items]
+        content = fused[0] * fused[0].size(-1) ** -0.5
+        return content + self.item_embedding.weight[items] if self.use_id else content
+
+    # ------------------------------------------------------------------ users
+
+    def _inputs(self, item_seq: Tensor, items: Tensor) -> Tensor:
+        x = items[item_seq] + self.position_embedding.weight[: item_seq.size(1)]  # (B, L, D)
+        return self.dropout(self.norm(x))
+
+    def states(self, item_seq: Tensor, item_seq_len: Tensor, items: Tensor) -> Tensor:
+        """States ``(B, L, D)`` at every position."""
+        return self.encoder(self._inputs(item_seq, items), item_seq_len)
+
+    def forward(self, item_seq: Tensor, item_seq_len: Tensor, items: Tensor) -> Tensor:
+        """User vectors ``(B, D)``, the states at the last real positions."""
+        return self.encoder.last(self._inputs(item_seq, items), item_seq_len)
+
+    # ------------------------------------------------------------------ objective
+
+    def calculate_loss(self, interaction: Interaction) -> tuple[Tensor, ...]:
+        """Next-item cross-entropy, then the weighted fusion losses in the order of the paper."""
+        fused = self._fused(self._all_items())
+        items = self._vectors(self._all_items(), fused)
+        next_item = self.next_item_loss(interaction, items)
+        if self.fusion_losses is None or fused is None:
+            return (next_item,)
+        chosen = self._distinct_items(interaction)  # (U,)
+        neighbours = (
+            self._neighbours(interaction, chosen)
+            if self.collaborative_target == "cooccurrence"
+            else None
+        )
+        z, h, present = (part[chosen] for part in fused)
+        return (
+            next_item,
+            *self._terms(self.fusion_losses, chosen, z, h, present, neighbours).values(),
+        )
+
+    def fusion_terms(self, items: Tensor) -> dict[str, Tensor]:
+        """The weighted fusion losses of items ``(U,)`` alone, for pre-training."""
+        fused = self._fused(items)
+        if self.fusion_losses is None or fused is None:
+            raise ValueError("there are no fusion losses: no modality, or every weight is 0")
+        # no history is at hand: with co-occurrence as target, no item has a positive
+        nobody = torch.zeros(len(items), len(items), dtype=torch.bool, device=items.device)
+        return self._terms(self.fusion_losses, items, *fused, nobody)
+
+    def catalogue_batches(self) -> list[Tensor]:
+        """All real items in random batches of ``mfl_batch_items``."""
+        order = torch.randperm(self.n_items - 1, device=self.position_embedding.weight.device)
+        return list(torch.split(order + 1, self.mfl_batch_items))
+
+    def fusion_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the fusion layer and of its losses, without the id embeddings."""
+        if self.features.names:
+            yield from self.project.parameters()
+            yield from self.fusion.parameters()
+        if self.fusion_losses is not None:
+            yield from self.fusion_losses.parameters()
+
+    def _terms(
+        self,
+        losses: FusionLosses,
+        items: Tensor,
+        z: Tensor,
+        h: Tensor,
+        present: Tensor,
+        neighbours: Tensor | None,
+    ) -> dict[str, Tensor]:
+        anchor = self.project.features[self.features.names[self.anchor]]
+        terms: dict[str, Tensor] = losses(
+            z,
+            h,
+            present,
+            anchor(items),
+            ids=self.item_embedding.weight[items] if self.aligns_ids else None,
+            categories=None if self.categories is None else self.categories[items],
+            neighbours=neighbours,
+        )
+        return terms
+
+    def _distinct_items(self, interaction: Interaction) -> Tensor:
+        """Real items of histories and targets ``(U,)``, at most ``mfl_batch_items``, at random."""
+        item_seq, length = self.histories(interaction)
+        real = torch.arange(item_seq.size(1), device=item_seq.device) < length[:, None]
+        items: Tensor = torch.unique(torch.cat([item_seq[real], interaction[self.POS_ITEM_ID]]))
+        if len(items) > self.mfl_batch_items:
+            keep = torch.randperm(len(items), device=items.device)[: self.mfl_batch_items]
+            items = items[keep]
+        return items
+
+    def _neighbours(self, interaction: Interaction, items: Tensor) -> Tensor:
+        """Whether two of ``items`` follow each other in a history of the batch, ``(U, U)``."""
+        item_seq, length = self.histories(interaction)
+        place = torch.full((self.n_items,), -1, dtype=torch.long, device=items.device)
+        place[items] = torch.arange(len(items), device=items.device)
+        real = torch.arange(1, item_seq.size(1), device=items.device) < length[:, None]
+        first, second = place[item_seq[:, :-1][real]], place[item_seq[:, 1:][real]]
+        both = (first >= 0) & (second >= 0)
+        mask = torch.zeros(len(items), len(items), dtype=torch.bool, device=items.device)
+        mask[first[both], second[both]] = True
+        return mask | mask.T

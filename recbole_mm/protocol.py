@@ -1,0 +1,145 @@
+"""What two runs must share before their numbers may stand in one table."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from recbole_mm.errors import InputError
+
+if TYPE_CHECKING:
+    from recbole.data.dataset import Dataset
+
+    from recbole_mm.config import Config
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a run is evaluated, and on what.
+
+    The fingerprints are hashes over tokens, not over internal ids, so that they can be compared
+    between models, data set classes and id orders.
+
+    Attributes:
+        split: RecBole's split, such as ``{"LS": "valid_and_test"}``.
+        order: ``TO`` (by exact time) or ``RO``.
+        mode: RecBole's evaluation mode of valid and test, ``full`` for the whole catalogue.
+        mask_history: Whether items of a user's past leave the ranking.
+        metrics: Names.
+        topk: Cut-offs.
+        valid_metric: What selects the epoch, on validation.
+        decimal_places: Of the metrics.
+        candidates: Number of items that are ranked.
+        items: Fingerprint of the candidate items.
+        train: Fingerprint of the training interactions, as (user, item) pairs.
+        valid: The same for validation.
+        test: The same for test.
+        valid_users: Number of users in validation.
+        test_users: Number of users in test.
+    """
+
+    split: str
+    order: str
+    mode: str
+    mask_history: bool
+    metrics: tuple[str, ...]
+    topk: tuple[int, ...]
+    valid_metric: str
+    decimal_places: int
+    candidates: int
+    items: str
+    train: str
+    valid: str
+    test: str
+    valid_users: int
+    test_users: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    def line(self) -> str:
+        """One line for the terminal."""
+        history = "history masked" if self.mask_history else "history not masked"
+        return (
+            f"protocol: split {self.split}, order {self.order}, ranking {self.mode} over "
+            f"{self.candidates} items, {history}; {self.valid_users} validation and "
+            f"{self.test_users} test users; selected by {self.valid_metric} on validation; "
+            f"fingerprints items {self.items} train {self.train} valid {self.valid} "
+            f"test {self.test}"
+        )
+
+
+def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protocol:
+    """The protocol of a run.
+
+    Args:
+        config: The resolved configuration.
+        parts: Train, validation and test data sets, as RecBole's ``build`` returns them.
+    """
+    train, valid, test = parts
+    uid, iid = train.uid_field, train.iid_field
+    users, items = train.field2id_token[uid], train.field2id_token[iid]
+
+    def pairs(part: Dataset) -> tuple[str, int]:
+        matrix = part.inter_matrix(form="coo") if part is train else None
+        if matrix is not None:
+            user_ids, item_ids = matrix.row, matrix.col
+        else:
+            user_ids = part.inter_feat[uid].numpy()
+            item_ids = part.inter_feat[iid].numpy()
+        tokens = sorted(f"{users[u]}\t{items[i]}" for u, i in zip(user_ids, item_ids, strict=True))
+        return _fingerprint(tokens), len(set(user_ids.tolist()))
+
+    train_print, _ = pairs(train)
+    valid_print, valid_users = pairs(valid)
+    test_print, test_users = pairs(test)
+    arguments = config["eval_args"]
+    modes = arguments["mode"]
+    return Protocol(
+        split=" ".join(f"{key} {value}" for key, value in arguments["split"].items()),
+        order=arguments["order"],
+        mode=modes["test"]
+        if modes["valid"] == modes["test"]
+        else f"{modes['valid']}/{modes['test']}",
+        mask_history=config["mask_history"],
+        metrics=tuple(config["metrics"]),
+        topk=tuple(config["topk"]),
+        valid_metric=config["valid_metric"],
+        decimal_places=config["metric_decimal_place"],
+        candidates=len(items) - 1,
+        items=_fingerprint(sorted(str(token) for token in items[1:])),
+        train=train_print,
+        valid=valid_print,
+        test=test_print,
+        valid_users=valid_users,
+        test_users=test_users,
+    )
+
+
+def assert_comparable(first: Protocol, second: Protocol) -> None:
+    """Refuse to compare runs of different items, interactions, splits or rules.
+
+    Raises:
+        InputError: Naming every field that differs, with both values.
+    """
+    one, two = first.as_dict(), second.as_dict()
+    differing = [f"{key}: {one[key]!r} and {two[key]!r}" for key in one if one[key] != two[key]]
+    if differing:
+        raise InputError(
+            "these runs cannot share a table, they differ in "
+            + "; ".join(differing)
+            + ": run both with the same data set files and evaluation keys"
+        )
+
+
+def _fingerprint(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode() + b"\n")
+    return digest.hexdigest()[:12]

@@ -1,0 +1,50 @@
+"""Names of models: ours, then RecBole's."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import recbole
+
+from recbole_mm import compat
+from recbole_mm.errors import InputError
+from recbole_mm.models.mufasa import MUFASA
+from recbole_mm.models.sasrec import SASRecFast, SASRecMM
+
+MODELS: dict[str, type] = {cls.__name__: cls for cls in (MUFASA, SASRecFast, SASRecMM)}
+
+RECBOLE_PROPERTIES = Path(recbole.__file__).parent / "properties"
+
+# what of RecBole cannot run on this path, and why
+_UNSUPPORTED = {
+    "XGBoost": "it needs the xgboost package and its own trainer",
+    "LightGBM": "it needs the lightgbm package and its own trainer",
+    "S3Rec": "its pre-training reads and writes pickled checkpoints",
+}
+
+
+def model_names() -> list[str]:
+    """All names that :func:`get_model` knows: ours first, then RecBole's in alphabetical order."""
+    builtin = {path.stem for path in (RECBOLE_PROPERTIES / "model").glob("*.yaml")}
+    return [*MODELS, *sorted(builtin - set(_UNSUPPORTED) - set(MODELS))]
+
+
+def get_model(name: str) -> type:
+    """The model class of that name.
+
+    Raises:
+        InputError: If neither this package nor RecBole has a model of that name.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    if name in _UNSUPPORTED:
+        raise InputError(f"model {name!r} does not run here: {_UNSUPPORTED[name]}")
+    model = compat.import_model(name)
+    if model is None:
+        names = model_names()
+        by_lower = {known.lower(): known for known in names}
+        near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+        hint = f"did you mean {by_lower[near[0]]!r}? " if near else ""
+        raise InputError(f"unknown model {name!r}; {hint}known models: {', '.join(names)}")
+    return model

@@ -1,0 +1,167 @@
+"""The folder of a run: what is needed to read, repeat and reload it, without a pickle.
+
+=====================  ==========================================================
+``config.yaml``        every resolved value
+``environment.json``   versions, platform, command
+``data.json``          counts of the data, the report of each modality
+``protocol.json``      how the run was evaluated, and the fingerprints of its data
+``ids.json``           item and user tokens in the order of their internal ids
+``run.log``            what RecBole and we log
+``metrics.jsonl``      one line an epoch: seconds, each loss term, validation
+``model.safetensors``  weights of the best epoch
+``model.json``         what the weights belong to
+``result.json``        the result dict of :func:`recbole_mm.run`
+``log_tensorboard/``   RecBole's TensorBoard events
+=====================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recbole_mm import __version__
+from recbole_mm.errors import EnvironmentFault
+
+_PACKAGES = ("recbole", "torch", "numpy", "scipy", "pandas", "scikit-learn", "safetensors")
+_ANSI = "\x1b["
+
+
+class RunFolder:
+    """A new folder ``<checkpoint_dir>/<dataset>/<model>/<time>``, never one that exists.
+
+    Raises:
+        EnvironmentFault: If it cannot be created or written.
+    """
+
+    def __init__(self, checkpoint_dir: str | Path, dataset: str, model: str) -> None:
+        parent = Path(checkpoint_dir).resolve() / dataset / model
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+        with _writing(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            for attempt in range(1, 10_000):
+                # two runs may start in the same second
+                path = parent / (stamp if attempt == 1 else f"{stamp}_{attempt}")
+                try:
+                    path.mkdir()
+                except FileExistsError:
+                    continue
+                self.path = path
+                return
+        raise EnvironmentFault(f"{parent}: no free name for a run folder; set checkpoint_dir")
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write ``content`` under ``name``, whole or not at all."""
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=True)
+        self._write(name, (text + "\n").encode())
+
+    def write_yaml(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write ``content`` under ``name``, whole or not at all."""
+        text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
+        self._write(name, text.encode())
+
+    def append_line(self, name: str, content: Mapping[str, Any]) -> None:
+        """Append one JSON line."""
+        with _writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+
+    def write_weights(self, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Write weights and what they belong to; an earlier pair stays intact until both are."""
+        tensors = {
+            name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()
+        }
+        temporary = self.path / "model.safetensors.tmp"
+        with _writing(temporary):
+            save_file(tensors, temporary)
+            _sync(temporary)
+            temporary.replace(self.path / "model.safetensors")
+        self.write_json("model.json", dict(about))
+
+    def read_weights(self, device: torch.device) -> dict[str, Tensor]:
+        """The weights of the best epoch."""
+        weights: dict[str, Tensor] = load_file(self.path / "model.safetensors", device=str(device))
+        return weights
+
+    def _write(self, name: str, content: bytes) -> None:
+        temporary = self.path / (name + ".tmp")
+        with _writing(temporary):
+            temporary.write_bytes(content)
+            _sync(temporary)
+            temporary.replace(self.path / name)
+
+    @contextmanager
+    def logging_to_file(self, level: str) -> Iterator[None]:
+        """Send what is logged to ``run.log`` for the length of the block."""
+        root = logging.getLogger()
+        handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
+        before = root.level
+        root.addHandler(handler)
+        root.setLevel(level.upper())
+        try:
+            yield
+        finally:
+            root.removeHandler(handler)
+            root.setLevel(before)
+            handler.close()
+
+
+class _PlainFormatter(logging.Formatter):
+    """Without the colours that RecBole writes into its messages."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        while (start := text.find(_ANSI)) >= 0:
+            end = text.find("m", start)
+            text = text[:start] + (text[end + 1 :] if end >= 0 else "")
+        return text
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for the run folder."""
+    versions = {"recbole_mm": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": versions,
+        "command": sys.argv,
+    }
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "free space or point checkpoint_dir at a folder that can be written"
+        ) from error

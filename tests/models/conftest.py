@@ -1,0 +1,44 @@
+"""Models built on the generated data set."""
+
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from recbole.data import data_preparation
+from recbole.utils import init_seed
+
+from recbole_mm.config import Config
+from recbole_mm.data.dataset import create_dataset
+
+SMALL = {
+    "MAX_ITEM_LIST_LENGTH": 12,
+    "hidden_size": 16,
+    "inner_size": 32,
+    "train_batch_size": 64,
+    "show_progress": False,
+}
+# histories of a dozen items must fill several blocks
+OF_MODEL = {"MUFASA": {"window_size": 4, "block_size": 3, "n_selected_blocks": 2}}
+
+
+@cache
+def _world(name, values):
+    config = Config(name, "tiny", config_dict={**SMALL, **OF_MODEL.get(name, {}), **dict(values)})
+    init_seed(1, True)
+    dataset = create_dataset(config)
+    train, valid, test = data_preparation(config, dataset)
+    return SimpleNamespace(config=config, dataset=dataset, train=train, valid=valid, test=test)
+
+
+def build(name, seed=0, **values):
+    """A fresh model in evaluation mode, with its config and loaders."""
+    world = _world(name, tuple(sorted(values.items())))
+    torch.manual_seed(seed)
+    model = world.config.model_class(world.config, world.train._dataset)
+    return SimpleNamespace(model=model.eval(), **vars(world))
+
+
+@pytest.fixture(name="build")
+def _build():
+    return build

@@ -1,0 +1,205 @@
+"""What every registered model keeps; each test stands for a bug seen in published code."""
+
+import copy
+
+import pytest
+import torch
+import yaml
+from recbole.data.interaction import Interaction
+from torch.testing import assert_close
+
+from recbole_mm.config import PROPERTIES
+from recbole_mm.registry import MODELS
+
+every_model = pytest.mark.parametrize("name", list(MODELS))
+every_objective = pytest.mark.parametrize("objective", ["all", "last"])
+
+# keys that wiring above the models reads: RecBole's base class and loaders, our trainer and config
+BASE = {"USER_ID_FIELD", "ITEM_ID_FIELD", "LIST_SUFFIX", "ITEM_LIST_LENGTH_FIELD", "NEG_PREFIX"}
+BASE |= {"MAX_ITEM_LIST_LENGTH", "device", "train_objective", "category_field"}
+WIRING = {"train_batch_size", "train_neg_sample_args", "MAX_ITEM_LIST_LENGTH", "train_objective"}
+WIRING |= {"mfl_pretrain_epochs", "freeze_mfl", "category_field"}
+
+
+class Recording:
+    """A config that notes every key read and raises where RecBole's answers ``None``."""
+
+    def __init__(self, config):
+        self._values = config.final_config_dict
+        self.seen = set()
+
+    def __getitem__(self, key):
+        self.seen.add(key)
+        return self._values[key]
+
+
+def offered(name, objective):
+    values = yaml.safe_load((PROPERTIES / f"model/{name}.yaml").read_text())
+    return objective in MODELS[name].offered_objectives(values)
+
+
+def batch_of(world, part="train"):
+    return next(iter(getattr(world, part)))
+
+
+def evaluation_batch(world):
+    return batch_of(world, "valid")[0]
+
+
+@every_model
+def test_reads_exactly_its_properties_file(name, build):
+    world = build(name)
+    config = Recording(world.config)
+    type(world.model)(config, world.train._dataset)
+    written = set(yaml.safe_load((PROPERTIES / f"model/{name}.yaml").read_text()))
+    assert config.seen - BASE <= written
+    assert written - WIRING <= config.seen
+
+
+@every_model
+def test_every_line_of_the_properties_file_says_its_type_and_source(name):
+    for line in (PROPERTIES / f"model/{name}.yaml").read_text().splitlines():
+        if line and not line.startswith("#"):
+            assert "# (" in line, line
+            assert "[" in line.split("#")[1] or "None: the loss" in line, line
+
+
+@every_model
+def test_scores_have_the_shapes_that_recbole_expects(name, build):
+    world = build(name)
+    batch = evaluation_batch(world)
+    everything, chosen = world.model.full_sort_predict(batch), world.model.predict(batch)
+    assert everything.shape == (len(batch), world.dataset.item_num)
+    assert_close(chosen, everything[torch.arange(len(batch)), batch["item_id"]])
+
+
+@every_model
+def test_padding_and_batch_mates_do_not_matter(name, build):
+    world = build(name)
+    batch = evaluation_batch(world)[:16]
+    together = world.model.full_sort_predict(batch)
+    for row, n in enumerate(batch["item_length"].tolist()):
+        alone = Interaction({k: v[row : row + 1] for k, v in batch.interaction.items()})
+        alone.update(Interaction({"item_id_list": alone["item_id_list"][:, :n]}))
+        assert_close(world.model.full_sort_predict(alone)[0], together[row], rtol=1e-4, atol=1e-5)
+
+
+@every_model
+@every_objective
+def test_what_stands_in_padding_does_not_matter(name, objective, build):
+    if not offered(name, objective):
+        pytest.skip("not offered")
+    world = build(name, train_objective=objective)
+    batch = batch_of(world)
+    changed = copy.deepcopy(batch)
+    seq = changed["item_id_list"]
+    padding = torch.arange(seq.size(1)) >= changed["item_length"][:, None]
+    assert padding.any()
+    seq[padding] = 7
+    torch.manual_seed(3)
+    loss = world.model.calculate_loss(batch)
+    torch.manual_seed(3)
+    assert_close(world.model.calculate_loss(changed)[0], loss[0])
+
+
+@every_model
+@every_objective
+def test_loss_terms_are_finite_scalars_with_names(name, objective, build):
+    if not offered(name, objective):
+        pytest.skip("not offered")
+    world = build(name, train_objective=objective)
+    losses = world.model.calculate_loss(batch_of(world))
+    assert len(losses) == len(world.model.loss_names)
+    assert all(loss.shape == () and loss.isfinite() for loss in losses)
+
+
+@every_model
+@every_objective
+def test_every_parameter_gets_a_gradient(name, objective, build):
+    if not offered(name, objective):
+        pytest.skip("not offered")
+    world = build(name, train_objective=objective)
+    sum(world.model.calculate_loss(batch_of(world))).backward()
+    silent = [n for n, p in world.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+@every_model
+def test_state_dict_is_the_whole_model(name, build):
+    world, twin = build(name), build(name, seed=5)
+    batch = evaluation_batch(world)
+    assert not torch.equal(
+        world.model.full_sort_predict(batch), twin.model.full_sort_predict(batch)
+    )
+    twin.model.load_state_dict(world.model.state_dict())
+    assert_close(twin.model.full_sort_predict(batch), world.model.full_sort_predict(batch))
+
+
+@every_model
+def test_frozen_features_are_neither_saved_nor_trained(name, build):
+    world = build(name)
+    if not world.model.consumes_features:
+        pytest.skip("reads no features")
+    shapes = {
+        tuple(world.dataset.item_features[m].values.shape) for m in world.model.features.names
+    }
+    assert not shapes & {tuple(t.shape) for t in world.model.state_dict().values()}
+
+
+@every_model
+def test_the_kept_item_table_is_dropped_when_weights_change(name, build):
+    world = build(name)
+    batch = evaluation_batch(world)
+    with torch.no_grad():
+        before = world.model.full_sort_predict(batch)
+        assert torch.equal(world.model.full_sort_predict(batch), before)
+        for parameter in world.model.parameters():
+            parameter.mul_(1.5)
+        assert not torch.equal(world.model.full_sort_predict(batch), before)
+
+
+@every_model
+def test_can_memorise_one_batch(name, build):
+    world = build(name)  # in evaluation mode: dropout would forbid memorising
+    batch = evaluation_batch(world)[:16]
+    objective, world.model.train_objective = world.model.train_objective, "last"
+    optimizer = torch.optim.Adam(world.model.parameters(), lr=1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        sum(world.model.calculate_loss(batch)).backward()
+        optimizer.step()
+    world.model.train_objective = objective
+    hit = world.model.full_sort_predict(batch)[:, 1:].argmax(dim=-1) + 1 == batch["item_id"]
+    assert hit.float().mean() > 0.9
+
+
+@every_model
+def test_an_earlier_state_does_not_see_a_later_item(name, build):
+    if not offered(name, "all"):
+        pytest.skip("not causal")
+    world = build(name, train_objective="all")
+    seq, length = world.model.histories(evaluation_batch(world)[:8])
+    items = world.model.item_table()
+    before = world.model.states(seq, length, items)
+    changed = seq.clone()
+    cut = seq.size(1) // 2
+    changed[:, cut:] = torch.where(seq[:, cut:] > 0, seq[:, cut:] % 50 + 1, 0)
+    after = world.model.states(changed, length, items)
+    assert_close(after[:, :cut], before[:, :cut])
+    assert not torch.equal(after[:, cut:], before[:, cut:])
+
+
+@every_model
+def test_the_last_state_is_the_user_vector(name, build):
+    if not offered(name, "all"):
+        pytest.skip("not causal")
+    world = build(name, train_objective="all")
+    seq, length = world.model.histories(evaluation_batch(world))
+    items = world.model.item_table()
+    states = world.model.states(seq, length, items)
+    assert_close(
+        world.model(seq, length, items),
+        states[torch.arange(len(seq)), length - 1],
+        rtol=1e-4,
+        atol=1e-5,
+    )

@@ -1,0 +1,215 @@
+"""Precedence, safety and refusals of the configuration (reliability.md, cases 1, 28, 31, 32)."""
+
+import numpy as np
+import pytest
+import yaml
+
+from recbole_mm.config import Config, parse_value
+from recbole_mm.errors import InputError
+
+
+def config(model="MUFASA", dataset="tiny", files=None, values=None, line=()):
+    return Config(model, dataset, files, values, line)
+
+
+def refused(match, **kwargs):
+    with pytest.raises(InputError, match=match):
+        config(**kwargs)
+
+
+def test_sources_are_ordered_from_property_file_to_command_line(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("n_layers: 3\nepochs: 11\nseed: 5\n")
+    stronger = tmp_path / "b.yaml"
+    stronger.write_text("epochs: 12\n")
+    made = config(
+        files=[file, stronger], values={"seed": 6, "eval_step": 2}, line=["--eval_step=3"]
+    )
+    assert made["temperature"] == 0.1  # our property file
+    assert made["metric_decimal_place"] == 6  # ours over RecBole's 4
+    assert made["stopping_step"] == 10  # RecBole's
+    assert (made["n_layers"], made["epochs"], made["seed"], made["eval_step"]) == (3, 12, 6, 3)
+
+
+def test_builtin_models_get_the_same_evaluation_keys_as_ours():
+    ours, builtin = config(), config("SASRec")
+    general = config("BPR")
+    for key in ("eval_args", "metrics", "topk", "valid_metric", "mask_history", "eval_batch_size"):
+        assert ours[key] == builtin[key] == general[key]
+
+
+def test_the_program_that_imports_us_keeps_its_command_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytest", "--epochs=99", "--durations=5"])
+    assert config()["epochs"] != 99
+
+
+def test_the_dict_of_the_caller_is_not_changed():
+    values = {"learning_rate": "0.5"}
+    assert config(values=values)["learning_rate"] == 0.5
+    assert values == {"learning_rate": "0.5"}
+
+
+def test_command_line_values_are_data_and_never_code(tmp_path):
+    canary = tmp_path / "canary"
+    refused(
+        "learning_rate must be of type float",
+        line=[f"--learning_rate=__import__('pathlib').Path('{canary}').touch()"],
+    )
+    assert not canary.exists()
+
+
+def test_config_dict_strings_are_data_and_never_code(tmp_path):
+    canary = tmp_path / "canary"
+    refused("epochs", values={"epochs": f"__import__('pathlib').Path('{canary}').touch()"})
+    assert not canary.exists()
+
+
+def test_yaml_files_cannot_build_objects(tmp_path):
+    canary = tmp_path / "canary"
+    file = tmp_path / "evil.yaml"
+    file.write_text(f"epochs: !!python/object/apply:pathlib.Path.touch ['{canary}']\n")
+    refused(r"evil\.yaml: not valid YAML", files=[file])
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("1E3", 1000.0),
+        (".5", 0.5),
+        ("12", 12),
+        ("True", True),
+        ("None", None),
+        ("[5,10]", [5, 10]),
+        ("{'LS': 'valid_and_test'}", {"LS": "valid_and_test"}),
+        ("[5,inf)", "[5,inf)"),
+        ("2020-01-01", "2020-01-01"),
+    ],
+)
+def test_values_are_yaml_scalars(text, value):
+    assert parse_value(text) == value
+
+
+def test_values_with_an_equals_sign_survive():
+    assert config(line=["--checkpoint_dir=a=b"])["checkpoint_dir"] == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        (
+            "learning_rat",
+            0.1,
+            "unknown key 'learning_rat' in config_dict; did you mean 'learning_r",
+        ),
+        ("window_sise", 3, "did you mean 'window_size'"),
+        ("epochs", "many", "epochs must be of type int, got 'many'"),
+        ("epochs", 1.5, "epochs must be of type int, got 1.5"),
+        ("epochs", True, "epochs must be of type int, got True"),
+        ("use_id", 1, "use_id must be of type bool, got 1"),
+        ("learning_rate", 0, "learning_rate must be positive"),
+        ("hidden_dropout_prob", 1.5, "hidden_dropout_prob must lie in"),
+        ("train_batch_size", 0, "train_batch_size must be at least 1, got 0"),
+        ("learner", "adamm", "unknown optimizer 'adamm'; did you mean 'adam'"),
+        ("metrics", ["NDGC"], "unknown metric 'NDGC'; did you mean 'ndcg'"),
+        ("topk", [0, 10], "topk must hold positive integers, got 0"),
+        ("valid_metric", "NDCG@7", r"valid_metric 'NDCG@7' is outside topk \[5, 10, 20\]"),
+        ("valid_metric", "GAUC", "valid_metric 'GAUC' is not among metrics"),
+        ("n_heads", 3, "n_heads must divide hidden_size: 64 is not a multiple of 3"),
+        ("train_objective", "some", "train_objective must be 'last' or 'all'"),
+        ("on_bad_time", "guess", "on_bad_time must be 'error' or 'drop'"),
+        ("min_coverage", 2.0, "min_coverage must lie in"),
+        ("save_dataset", True, "save_dataset: True writes a pickle"),
+        ("modalities", ["sound"], "'sound' is not declared"),
+    ],
+)
+def test_bad_values_are_refused_before_any_data_is_read(key, value, match):
+    refused(match, values={key: value})
+
+
+def test_a_key_of_another_model_may_stand_in_a_shared_file(tmp_path):
+    file = tmp_path / "shared.yaml"
+    file.write_text("window_size: 32\nepochs: 4\n")
+    assert config("SASRec", files=[file])["epochs"] == 4
+
+
+@pytest.mark.parametrize("line", ["epochs=3", "--epochs", "--=3"])
+def test_arguments_of_another_form_are_refused(line):
+    refused("is not of the form --key=value", line=[line])
+
+
+def test_a_key_given_twice_is_refused():
+    refused("'epochs' is given twice", line=["--epochs=1", "--epochs=2"])
+
+
+def test_unknown_model_is_refused_with_the_nearest_name():
+    refused("unknown model 'MUFASSA'; did you mean 'MUFASA'", model="MUFASSA")
+    refused("did you mean 'SASRec'", model="sasrec")
+
+
+def test_models_that_cannot_run_say_why():
+    refused("'S3Rec' does not run here: .*pickled", model="S3Rec")
+
+
+def test_missing_data_set_lists_what_was_looked_for(tmp_path):
+    refused(
+        r"no data set 'tinny': looked for .*tinny\.inter; data sets below .*: none",
+        dataset="tinny",
+        values={"data_path": str(tmp_path)},
+    )
+
+
+def test_a_data_set_name_cannot_leave_the_data_folder():
+    refused("plain folder name", dataset="../tiny")
+
+
+def test_missing_config_file_is_refused(tmp_path):
+    refused("cannot be read", files=[tmp_path / "no.yaml"])
+
+
+def test_config_file_must_be_a_mapping(tmp_path):
+    file = tmp_path / "list.yaml"
+    file.write_text("- 1\n")
+    refused("must be a mapping", files=[file])
+
+
+def test_a_list_of_modalities_picks_from_the_declared_ones():
+    declared = config()["modalities"]
+    assert len(declared) > 1
+    name = next(iter(declared))
+    assert config(line=[f"--modalities=[{name}]"])["modalities"] == {name: declared[name]}
+    assert config(values={"modalities": []})["modalities"] == {}
+
+
+def test_builtin_models_refuse_the_all_objective_with_the_reason():
+    refused(
+        "not possible for SASRec: RecBole's SASRec reads one position",
+        model="SASRec",
+        values={"train_objective": "all"},
+    )
+
+
+def test_cross_entropy_models_need_no_word_about_negative_sampling():
+    assert config("SASRec")["train_neg_sample_args"]["distribution"] == "none"
+    assert config("SASRec", values={"loss_type": "BPR"})["train_neg_sample_args"]["sample_num"] == 1
+
+
+def test_columns_that_a_model_selects_are_loaded():
+    made = config("SASRecF", values={"selected_features": ["categories"]})
+    assert made["load_col"]["item"] == ["item_id", "categories"]
+
+
+def test_old_numpy_names_are_there_for_recbole():
+    config()
+    assert getattr(np, "float") is np.float64  # noqa: B009  (ruff knows the old name)
+
+
+def test_resolved_is_plain_data_that_yaml_reads_back():
+    plain = config().resolved()
+    assert yaml.safe_load(yaml.safe_dump(plain)) == plain
+    assert plain["device"] == "cpu" or plain["device"].startswith("cuda")
+
+
+def test_use_gpu_false_means_cpu():
+    assert config(values={"use_gpu": False})["device"].type == "cpu"
