@@ -142,7 +142,7 @@ def multi_positive_info_nce(
     anchor = anchor.masked_fill(ignore_mask.all(1)[:, None], 0.0)
     candidates = candidates.masked_fill(ignore_mask.all(0)[:, None], 0.0)
     logits = cosine_similarity(anchor, candidates, temperature=temperature)  # (B, C)
-    # not -inf: logsumexp of a row with nothing left would have a NaN gradient
+    # not -inf: the gradient of a row with nothing left would pass through NaN
     logits = logits.masked_fill(ignore_mask, torch.finfo(logits.dtype).min)
     positive = positive_mask & ~ignore_mask
     loss = _mean_surprise(logits, positive, dim=1)

@@ -157,6 +157,16 @@ def test_attention_dropout_falls_on_probabilities():
     assert_close(seen[1], torch.ones_like(seen[1]))
 
 
+def test_hidden_dropout_falls_on_both_branches_before_the_residual_sum():
+    # everything dropped: what is left of a layer are its two norms
+    model = encoder(n_layers=1, hidden_dropout_prob=1.0)
+    norms = model.layer[0].multi_head_attention.LayerNorm, model.layer[0].feed_forward.LayerNorm
+    for norm in norms:
+        torch.nn.init.normal_(norm.weight)
+    x = sequences()
+    assert_close(model(x, LENGTH), norms[1](norms[0](x)))
+
+
 def test_dropout_is_off_in_evaluation():
     model = encoder(dropout=0.5).eval()
     x = sequences()
