@@ -25,12 +25,21 @@ selected blocks, G branches in use.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_mm.ops.masking import causal_mask, masked_softmax, padding_mask, window_mask
+from recbole_mm.ops.attention_tools import LN_2, LOG2_E, Dropout
+from recbole_mm.ops.block_attention import block_attention, choose_blocks
+from recbole_mm.ops.masking import masked_softmax, padding_mask
+from recbole_mm.ops.selected_attention import query_attention, query_block_attention
+from recbole_mm.ops.tiled_attention import ChosenBlocks, Keys, LatestKeys, tiled_attention
+from recbole_mm.ops.window_attention import window_attention
 
 SELECTIONS = ("query", "query_block")
+FORMS = ("auto", "dense", "sparse")
 
 
 def sparse_attention(
@@ -48,6 +57,7 @@ def sparse_attention(
     selection: str = "query",
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
+    form: str = "auto",
 ) -> Tensor:
     """Gated sum of windowed, block-level and selective causal attention.
 
@@ -71,6 +81,9 @@ def sparse_attention(
             a block selects for all of that block, which stays causal.
         dropout: Probability of dropping an attention weight, in each branch on its own.
         generator: Source of the dropout; ``None`` for torch's own.
+        form: ``dense``: tiles of queries against all earlier keys, under masks. ``sparse``: only
+            the keys that are seen. Equal but for rounding and the draws of dropout; ``auto`` takes
+            the faster one.
 
     Returns:
         ``(B, H, L, d)``, zero at padding.
@@ -81,34 +94,54 @@ def sparse_attention(
     _check(key, value, length, block_size, window_size, block_key, block_value)
     _check_options(n_selected_blocks, selection, dropout, block_key)
     _check_gate(query, gate, window_size, block_value, n_selected_blocks)
-    real = padding_mask(length, query.shape[2])[:, None, :, None]  # (B, 1, L, 1)
-    query, key, value, gate = (x.masked_fill(~real, 0.0) for x in (query, key, value, gate))
-    block_key, block_value = _finished(length, block_size, block_key, block_value)
-    selected = None
-    if n_selected_blocks is not None:
-        selected = select_blocks(
-            query,
-            block_key,
+    if form not in FORMS:
+        raise ValueError(f"form: {form!r} is unknown; use one of {', '.join(FORMS)}")
+    B, H, L, d = query.shape
+    query, key, value, gate = _without_padding(length, query, key, value, gate)
+    if block_key is not None:
+        (block_key,) = _without_padding(length // block_size, block_key)
+    if block_value is not None:
+        (block_value,) = _without_padding(length // block_size, block_value)
+
+    # from here on rows (G, L, d), G = B H, and softmax by powers of 2
+    query = query * (LOG2_E * d**-0.5)
+    rows = [x.reshape(B * H, L, d) for x in (query, key, value)]
+    gates = iter(gate.reshape(B * H, L, -1, 1).unbind(-2))  # each (G, L, 1)
+    n_others = 0 if n_selected_blocks is None else n_selected_blocks - 1
+    sees_everything = (n_others + 1) * block_size >= L  # then there is nothing to choose
+    chosen = None
+    output = torch.zeros_like(rows[0])
+    tokens: list[tuple[Keys, Tensor]] = []  # keys that each branch over tokens sees, and its gate
+    if window_size is not None:
+        tokens.append((LatestKeys(window_size), next(gates)))
+    if block_key is not None and block_value is not None:
+        mixed, chosen = block_attention(
+            rows[0],
+            block_key.flatten(0, 1),
+            block_value.flatten(0, 1),
+            n_heads=H,
             block_size=block_size,
-            n_selected_blocks=n_selected_blocks,
-            selection=selection,
+            n_best=n_others if selection == "query" and not sees_everything else 0,
+            dropout=Dropout(dropout, generator),
         )
-    return _dense(
-        query,
-        key,
-        value,
-        gate,
-        block_size,
-        window_size,
-        block_key,
-        block_value,
-        selected,
-        dropout,
-        generator,
-    )
+        output = torch.addcmul(output, next(gates), mixed)
+    if n_selected_blocks is not None and sees_everything:
+        tokens.append((LatestKeys(L), next(gates)))
+    elif n_selected_blocks is not None:
+        if chosen is None or selection == "query_block":
+            chosen = _choose(query, block_key, block_size, n_others, selection)
+        is_shared = selection == "query_block"
+        tokens.append((ChosenBlocks(chosen, block_size, H, is_shared), next(gates)))
+
+    if form == "dense" or (form == "auto" and _dense_is_faster(L, tokens)):
+        output = output + _dense(rows, tokens, H, dropout, generator)
+    else:
+        for keys, weight in tokens:
+            mixed = _sparse(rows, keys, H, Dropout(dropout, generator))
+            output = torch.addcmul(output, weight, mixed)
+    return output.view(B, H, L, d)
 
 
-@torch.no_grad()
 def select_blocks(
     query: Tensor,
     block_key: Tensor | None,
@@ -130,12 +163,61 @@ def select_blocks(
         ``(B, Q, m)`` int64, best block first, -1 where fewer are visible. ``Q`` is ``L``, or the
         number ``ceil(L / b)`` of query blocks; ``m`` is the smaller of ``n - 1`` and ``C``.
     """
+    scaled = query.detach() * (LOG2_E * query.shape[-1] ** -0.5)
+    return _choose(scaled, block_key, block_size, n_selected_blocks - 1, selection)
+
+
+def _choose(
+    query: Tensor, block_key: Tensor | None, block_size: int, n_others: int, selection: str
+) -> Tensor:
+    """As :func:`select_blocks`, for queries multiplied by ``log2(e) / sqrt(d)``."""
     B, _, L, _ = query.shape
     step = 1 if selection == "query" else block_size
-    position = torch.arange(0, L, step, device=query.device)  # of the queries that choose, (Q,)
+    position = torch.arange(0, L, step, device=query.device)  # of the queries that choose
     if block_key is None:
         return position.new_empty(B, len(position), 0)
-    return _best_blocks(query[:, :, ::step], block_key, position, block_size, n_selected_blocks)
+    return choose_blocks(query[:, :, ::step], position, block_key, block_size, n_others)
+
+
+def _dense_is_faster(size: int, tokens: list[tuple[Keys, Tensor]]) -> bool:
+    """Whether all earlier keys, L / 2 on average, cost less than finding the ones seen."""
+    return size <= 512
+
+
+def _dense(
+    rows: list[Tensor],
+    tokens: list[tuple[Keys, Tensor]],
+    n_heads: int,
+    dropout: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Gated sum of the branches over tokens, with masks: (G, L, d)."""
+    query, key, value = rows
+    branches, gates = zip(*tokens, strict=True) if tokens else ((), ())
+    if not branches:
+        return torch.zeros_like(query)
+    if dropout == 0.0 and all(keys.is_all(query.shape[1]) for keys in branches):
+        # the branches are one: plain causal attention; LN_2 takes the powers of 2 back
+        mixed = F.scaled_dot_product_attention(
+            query[:, None], key[:, None], value[:, None], is_causal=True, scale=LN_2
+        )
+        total: Tensor = reduce(torch.add, gates)
+        return total * mixed.squeeze(1)
+    dropouts = [Dropout(dropout, generator) for _ in branches]
+    weights = torch.cat(gates, dim=-1)
+    return tiled_attention(query, key, value, weights, branches, n_heads=n_heads, dropouts=dropouts)
+
+
+def _sparse(rows: list[Tensor], keys: Keys, n_heads: int, dropout: Dropout) -> Tensor:
+    """One branch over tokens, with no work for keys that it does not see: (G, L, d)."""
+    query, key, value = rows
+    if isinstance(keys, ChosenBlocks):
+        attend = query_block_attention if keys.is_shared else query_attention
+        return attend(query, key, value, keys.chosen, keys.block_size, dropout)
+    if 2 * keys.window < query.shape[1]:
+        return window_attention(query, key, value, keys.window, dropout)
+    one = torch.ones_like(query[..., :1])  # so wide a window leaves little out
+    return tiled_attention(query, key, value, one, [keys], n_heads=n_heads, dropouts=[dropout])
 
 
 def sparse_attention_last(
@@ -183,6 +265,7 @@ def sparse_attention_last(
     query, gate = query.unsqueeze(2), gate.unsqueeze(2)  # (B, H, 1, d) and (B, H, 1, G)
     _check_gate(query, gate, window_size, block_value, n_selected_blocks)
     H, L, d = key.shape[1:]
+    scale = d**-0.5
     last = length - 1  # (B,)
     gates = iter(gate.unsqueeze(-1).unbind(-2))  # each (B, H, 1, 1)
     output = torch.zeros_like(query)
@@ -190,119 +273,52 @@ def sparse_attention_last(
     def attend(keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
         seen = seen[:, None, None]  # (B, 1, 1, K)
         keys, values = (x.masked_fill(~seen.transpose(-1, -2), 0.0) for x in (keys, values))
-        weights = masked_softmax(query @ keys.transpose(-1, -2) * d**-0.5, seen)
-        return _dropout(weights, dropout, generator) @ values  # (B, H, 1, d)
+        weights = masked_softmax(query @ keys.transpose(-1, -2) * scale, seen)
+        drop = Dropout(dropout, generator)
+        keep = drop.draw(weights)
+        if keep is not None:
+            weights = weights * keep * drop.scale
+        return weights @ values  # (B, H, 1, d)
 
     def attend_at(index: Tensor, seen: Tensor) -> Tensor:
         at = index.clamp(0, L - 1)[:, None, :, None].expand(-1, H, -1, d)
         return attend(key.gather(2, at), value.gather(2, at), seen)
 
+    is_finished = padding_mask(length // block_size, L // block_size)  # (B, C)
     if window_size is not None:
         index = last[:, None] - torch.arange(min(window_size, L), device=key.device)  # (B, w)
         output = output + next(gates) * attend_at(index, index >= 0)
-    block_key, block_value = _finished(length, block_size, block_key, block_value)
     if block_key is not None and block_value is not None:
-        finished = padding_mask(length // block_size, block_key.shape[2])  # (B, C)
-        output = output + next(gates) * attend(block_key, block_value, finished)
+        output = output + next(gates) * attend(block_key, block_value, is_finished)
     if n_selected_blocks is not None:
         own = last.clamp(min=0) // block_size  # (B,)
-        chosen = own[:, None]  # (B, n)
+        selected = own[:, None]  # (B, n)
         if block_key is not None:
-            chooser, position = query, last.clamp(min=0)
+            chooser, position = query.detach(), last.clamp(min=0)
             if block_query is not None:
-                chooser, position = block_query.unsqueeze(2), own * block_size
-            others = _best_blocks(
-                chooser, block_key, position[:, None], block_size, n_selected_blocks
+                chooser, position = block_query.detach().unsqueeze(2), own * block_size
+            others = choose_blocks(
+                chooser * (LOG2_E * scale),
+                position[:, None],
+                block_key.masked_fill(~is_finished[:, None, :, None], 0.0),
+                block_size,
+                n_selected_blocks - 1,
             )
-            chosen = torch.cat((chosen, others.squeeze(1)), dim=-1)
+            selected = torch.cat((selected, others.squeeze(1)), dim=-1)
         token = torch.arange(block_size, device=key.device)
-        index = (chosen[..., None] * block_size + token).flatten(1)  # (B, n b)
-        exists = (chosen >= 0).repeat_interleave(block_size, dim=1)
+        index = (selected[..., None] * block_size + token).flatten(1)  # (B, n b)
+        exists = (selected >= 0).repeat_interleave(block_size, dim=1)
         output = output + next(gates) * attend_at(index, exists & (index <= last[:, None]))
     return output.squeeze(2)
 
 
-@torch.no_grad()
-def _best_blocks(
-    query: Tensor, block_key: Tensor, position: Tensor, block_size: int, n_selected_blocks: int
-) -> Tensor:
-    """Choose for queries (B, H, Q, d) at ``position`` (Q,) or (B, Q): (B, Q, m), -1 for none."""
-    block = torch.arange(block_key.shape[2], device=query.device)  # (C,)
-    visible = block < (position + 1)[..., None] // block_size  # (Q, C) or (B, Q, C)
-    other = block < position[..., None] // block_size  # visible and not the own block
-    scores = query @ block_key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, H, Q, C)
-    merit = masked_softmax(scores, visible if visible.ndim == 2 else visible[:, None]).sum(1)
-    merit = merit.masked_fill(~other, -1.0)  # below any probability
-    # a stable sort, since topk leaves the order of equal values open
-    best, index = merit.sort(dim=-1, descending=True, stable=True)
-    n_others = min(n_selected_blocks - 1, len(block))
-    return index[..., :n_others].masked_fill(best[..., :n_others] < 0, -1)
-
-
-def _dense(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    block_size: int,
-    window_size: int | None,
-    block_key: Tensor | None,
-    block_value: Tensor | None,
-    selected: Tensor | None,
-    dropout: float,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """All branches over masked (L, L) scores."""
-    L, d = query.shape[2:]
-    scale = d**-0.5
-    scores = query @ key.transpose(-1, -2) * scale  # (B, H, L, L)
-    weights = torch.zeros_like(scores)  # of window and selection together
-    output = torch.zeros_like(query)
-    gates = iter(gate.unsqueeze(-1).unbind(-2))  # each (B, H, L, 1)
-    if window_size is not None:
-        probability = masked_softmax(scores, window_mask(L, window_size, query.device))
-        weights = weights + next(gates) * _dropout(probability, dropout, generator)
-    if block_key is not None and block_value is not None:
-        position = torch.arange(L, device=query.device)
-        visible = padding_mask((position + 1) // block_size, block_key.shape[2])  # (L, C)
-        probability = masked_softmax(query @ block_key.transpose(-1, -2) * scale, visible)
-        output = output + next(gates) * (_dropout(probability, dropout, generator) @ block_value)
-    if selected is not None:
-        seen = _selected_tokens(selected, L, block_size)[:, None]  # (B, 1, L, L)
-        weights = weights + next(gates) * _dropout(masked_softmax(scores, seen), dropout, generator)
-    return output + weights @ value
-
-
-def _selected_tokens(selected: Tensor, size: int, block_size: int) -> Tensor:
-    """Tokens that a choice (B, L, m) or (B, ceil(L / b), m) opens to each query: (B, L, L) bool."""
-    if selected.shape[1] != size:
-        selected = selected.repeat_interleave(block_size, dim=1)[:, :size]
-    own = torch.arange(size, device=selected.device) // block_size  # (L,)
-    n_blocks = -(-size // block_size)
-    chosen = selected.new_zeros(len(selected), size, n_blocks + 1, dtype=torch.bool)
-    chosen.scatter_(2, selected.masked_fill(selected < 0, n_blocks), True)  # last column: none
-    chosen.scatter_(2, own[:, None].expand(len(selected), -1, 1), True)
-    return chosen[..., own] & causal_mask(size, selected.device)
-
-
-def _finished(
-    length: Tensor, block_size: int, block_key: Tensor | None, block_value: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Zero the vectors of blocks that hold padding, lest anything of theirs leak."""
-    if block_key is None:
-        return None, None
-    has_padding = ~padding_mask(length // block_size, block_key.shape[2])[:, None, :, None]
-    block_key = block_key.masked_fill(has_padding, 0.0)
-    if block_value is not None:
-        block_value = block_value.masked_fill(has_padding, 0.0)
-    return block_key, block_value
-
-
-def _dropout(weights: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    if rate == 0.0:
-        return weights
-    keep = torch.empty_like(weights).bernoulli_(1.0 - rate, generator=generator)
-    return weights * keep.div_(1.0 - rate)
+def _without_padding(length: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Zero what stands in (B, H, L, ...) from ``length`` on, lest a NaN there reach a product."""
+    size = tensors[0].shape[2]
+    if length.device.type == "cpu" and bool((length >= size).all()):
+        return tensors
+    is_padding = ~padding_mask(length, size)[:, None, :, None]
+    return tuple(x.masked_fill(is_padding, 0.0) for x in tensors)
 
 
 def _check(
