@@ -92,7 +92,11 @@ def _run(config: Config, *, saved: bool) -> dict[str, Any]:
         )
 
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
-    net = config.model_class(config, train_data._dataset).to(config["device"])
+    try:
+        net = config.model_class(config, train_data._dataset).to(config["device"])
+    except ValueError as error:
+        # the parts of a model check their sizes and choices where they use them
+        raise InputError(f"{config['model']}: {error}") from error
     data = _data_summary(config, dataset)
     folder = (
         RunFolder(config["checkpoint_dir"], config["dataset"], config["model"]) if saved else None

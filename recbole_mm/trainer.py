@@ -79,7 +79,7 @@ class TrainerMixin:
         self._eval_dataset: Any = None
         self._term_sums: list[float] = []
         self._n_batches = 0
-        self._epoch_seconds = 0.0
+        self._epoch_seconds = (0.0, 0.0)
         self.history: list[dict[str, Any]] = []
         self.best_epoch = -1
         self._quiet = not config["show_progress"]
@@ -122,7 +122,7 @@ class TrainerMixin:
             self._term_sums = [s + v for s, v in zip(self._term_sums, values, strict=True)]
             return losses
 
-        started = time.perf_counter()
+        started = _clocks()
         bar = tqdm(
             total=len(train_data),
             desc=f"epoch {epoch_idx}",
@@ -139,7 +139,7 @@ class TrainerMixin:
             # RecBole's knowledge trainers choose their own loss functions
             self._n_batches = len(train_data)
             self._term_sums = list(_flat(result))
-        self._epoch_seconds = time.perf_counter() - started
+        self._epoch_seconds = _since(started)
         return result
 
     def _loss_name(self, index: int, count: int) -> str:
@@ -172,16 +172,17 @@ class TrainerMixin:
         self.history.append(
             {
                 "epoch": epoch_idx,
-                "train_seconds": round(self._epoch_seconds, 4),
+                "train_seconds": self._epoch_seconds[0],
+                "train_cpu_seconds": self._epoch_seconds[1],
                 "loss": self._mean_terms(),
             }
         )
 
     def _valid_epoch(self, valid_data: Any, show_progress: bool = False) -> tuple[float, Any]:
-        started = time.perf_counter()
+        started = _clocks()
         score, result = super()._valid_epoch(valid_data, show_progress=False)  # type: ignore[misc]
         note = self.history[-1]
-        note["valid_seconds"] = round(time.perf_counter() - started, 4)
+        note["valid_seconds"], note["valid_cpu_seconds"] = _since(started)
         note["valid"] = dict(result)
         better = (
             score >= self.best_valid_score
@@ -284,6 +285,16 @@ class TrainerMixin:
         if history is not None:
             scores[history] = -math.inf
         return interaction, scores, positive_u, positive_i
+
+
+def _clocks() -> tuple[float, float]:
+    """Wall and processor time; on a shared machine only the second can be compared."""
+    return time.perf_counter(), time.process_time()
+
+
+def _since(started: tuple[float, float]) -> tuple[float, float]:
+    wall, cpu = _clocks()
+    return round(wall - started[0], 4), round(cpu - started[1], 4)
 
 
 def _flat(losses: Any) -> Iterator[float]:

@@ -5,7 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recbole_mm.trainer import trainer_class
+from tests.models.conftest import build
+
 
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def build_trainer():
+    """A trainer without a run folder, and its world."""
+
+    def make(name, **values):
+        world = build(name, **values)
+        return trainer_class(world.config["MODEL_TYPE"], name)(
+            world.config, world.model, None
+        ), world
+
+    return make

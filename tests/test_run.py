@@ -1,0 +1,135 @@
+"""A run through the Python interface: every kind of model, masking, selection, tuning."""
+
+import pytest
+import torch
+
+import recbole_mm
+from recbole_mm.errors import InputError, NumericalError
+from recbole_mm.protocol import Protocol, assert_comparable
+from recbole_mm.trainer import trainer_class
+
+QUICK = {"epochs": 1, "MAX_ITEM_LIST_LENGTH": 10, "show_progress": False, "train_batch_size": 256}
+
+
+def run(model, **values):
+    return recbole_mm.run(model, "tiny", config_dict={**QUICK, **values}, saved=False)
+
+
+def protocol(result):
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in result["protocol"].items()}
+    return Protocol(**values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        ("SASRec", {}),
+        ("GRU4Rec", {}),
+        ("BERT4Rec", {}),
+        ("NARM", {}),
+        ("LightSANs", {}),
+        ("FEARec", {}),
+        ("CORE", {}),
+        ("TiSASRec", {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}}),
+        ("SASRecF", {"selected_features": ["categories"]}),
+        ("GRU4RecF", {"selected_features": ["categories"]}),
+        ("FDSA", {"selected_features": ["categories"]}),
+        ("Pop", {}),
+        ("ItemKNN", {}),
+        ("BPR", {}),
+        ("LightGCN", {}),
+        ("NGCF", {}),
+        ("MultiVAE", {}),
+    ],
+)
+def test_built_in_models_run_under_our_protocol(model, values):
+    result = run(model, **values)
+    assert_comparable(protocol(result), protocol(run("SASRecFast")))
+    assert all(0 <= value <= 1 for value in result["test_result"].values())
+
+
+def test_history_masking_means_the_same_for_sequential_and_general_models():
+    """A popularity ranking is computed by hand under both settings."""
+    open_, masked = run("Pop"), run("Pop", mask_history=True)
+    assert masked["test_result"]["hit@10"] > open_["test_result"]["hit@10"]
+    with pytest.raises(InputError, match="mask_history: False and True"):
+        assert_comparable(protocol(open_), protocol(masked))
+
+
+def test_masked_items_leave_the_ranking_of_a_sequential_model(build_trainer):
+    trainer, world = build_trainer("SASRecFast", mask_history=True)
+    trainer.evaluate(world.test, load_best_model=False)
+    batch = next(iter(world.test))
+    interaction, scores, _, positive_i = trainer._full_sort_batch_eval(batch)
+    for row in range(5):
+        length = int(interaction["item_length"][row])
+        past = set(interaction["item_id_list"][row, :length].tolist()) - {int(positive_i[row])}
+        assert all(scores[row, item] == -torch.inf for item in past)
+        assert scores[row, positive_i[row]] > -torch.inf
+
+
+def test_non_finite_scores_are_an_error_and_never_a_metric(build_trainer):
+    trainer, world = build_trainer("SASRecFast")
+    with torch.no_grad():
+        world.model.item_embedding.weight[3] = float("nan")
+    with pytest.raises(NumericalError, match="the score of item id 3 in row 0 is nan"):
+        trainer.evaluate(world.valid, load_best_model=False)
+
+
+def test_the_same_seed_gives_the_same_run():
+    first, second = run("MUFASA"), run("MUFASA")
+    assert first["test_result"] == second["test_result"]
+    assert first["best_valid_score"] == second["best_valid_score"]
+
+
+def test_the_best_epoch_is_scored_and_not_the_last(monkeypatch):
+    """The weights are ruined after every epoch but the first."""
+    good = run("SASRecFast", epochs=1)
+    base = trainer_class.__globals__["TrainerMixin"]
+    train = base._train_epoch
+
+    def ruined(self, data, epoch, *args, **kwargs):
+        result = train(self, data, epoch, *args, **kwargs)
+        if epoch > 0:
+            with torch.no_grad():
+                self.model.item_embedding.weight.copy_(-torch.eye(121, 64))
+        return result
+
+    monkeypatch.setattr(base, "_train_epoch", ruined)
+    result = run("SASRecFast", epochs=3)
+    assert result["best_epoch"] == 0
+    assert result["test_result"] == good["test_result"]
+
+
+def test_a_data_set_without_long_histories_is_refused(tmp_path):
+    folder = tmp_path / "short"
+    folder.mkdir()
+    rows = "\n".join(f"u{u}\ti{u + i}\t{u + i}" for u in range(5) for i in range(2))
+    (folder / "short.inter").write_text(f"user_id:token\titem_id:token\ttimestamp:float\n{rows}\n")
+    with pytest.raises(InputError, match="at least 3 interactions"):
+        recbole_mm.run(
+            "Pop",
+            "short",
+            config_dict={"data_path": str(tmp_path), "topk": [1], "valid_metric": "NDCG@1"},
+            saved=False,
+        )
+
+
+def test_the_objective_function_serves_recboles_tuning():
+    result = recbole_mm.objective_function(
+        {**QUICK, "model": "SASRecFast", "dataset": "tiny"}, saved=False
+    )
+    assert {
+        "model",
+        "best_valid_score",
+        "valid_score_bigger",
+        "best_valid_result",
+        "test_result",
+    } <= set(result)
+
+
+def test_pretraining_can_freeze_the_fusion_layer():
+    frozen = run("MUFASA", freeze_mfl=True)
+    free = run("MUFASA")
+    assert frozen["parameters"] < free["parameters"]
