@@ -119,7 +119,7 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
                 grad_table.addmm_(product.T, h)
 
         ctx.save_for_backward(grad_states, grad_table)
-        ctx.n_targets, ctx.dtype = max(1, T), narrow
+        ctx.n_targets = max(1, T)
         mean: Tensor = loss / ctx.n_targets
         return mean
 
@@ -131,7 +131,7 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
                 "use F.cross_entropy(states @ table.T, target) for higher derivatives"
             )
         scale = grad / ctx.n_targets
-        grads = (g if g is None else (g * scale).to(ctx.dtype) for g in ctx.saved_tensors)
+        grads = (g if g is None else g * scale for g in ctx.saved_tensors)
         return *grads, None, None, None
 
 

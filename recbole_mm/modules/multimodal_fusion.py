@@ -281,7 +281,7 @@ class FusionLosses(nn.Module):
         titles = None
         compares_genres = self.weights["semantic"] > 0 and categories is not None
         if self.weights["structure"] > 0 or compares_genres:
-            features = anchor_features.detach().masked_fill(~titled[:, None], 0.0)
+            features = anchor_features.detach()  # of no influence where there is no title
             titles = cosine_similarity(features, features)  # (U, U), once: F is wide
 
         losses = {}

@@ -32,10 +32,16 @@ def assert_same_loss(ours, theirs, inputs, **tolerance):
     assert_close(ours, torch.autograd.grad(3 * theirs, inputs), **tolerance)
 
 
-class LargestTensor(TorchDispatchMode):
-    """Note the largest storage, in bytes, that any operation makes; views make none."""
+class StoragesMade(TorchDispatchMode):
+    """Note the size in bytes of every storage that an operation makes; views make none."""
 
-    largest = 0
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    @property
+    def largest(self):
+        return max(self.sizes)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -49,7 +55,7 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in given:
-                    self.largest = max(self.largest, storage.nbytes())
+                    self.sizes.append(storage.nbytes())
         return out
 
 
@@ -101,10 +107,12 @@ def test_cross_entropy_takes_its_products_in_the_type_of_autocast():
 def test_no_tensor_of_logits_exceeds_the_limit(dtype):
     n_targets, n_items, memory_mb = 400, 500, 0.05
     states, table, target = batch(n_targets, n_items, dtype)
-    with LargestTensor() as seen:
+    with StoragesMade() as seen:
         next_item_cross_entropy(states, table, target, memory_mb=memory_mb).backward()
-    assert seen.largest <= memory_mb * 2**20
-    with LargestTensor() as plain:  # the counter can fail
+    # all that is larger than the gradient of the table, taken together
+    blocks = [size for size in seen.sizes if size > 2 * n_items * D * 4]
+    assert 0.9 * memory_mb * 2**20 < sum(blocks) <= memory_mb * 2**20
+    with StoragesMade() as plain:  # the counter can fail
         F.cross_entropy(states @ table.T, target).backward()
     assert plain.largest >= n_targets * n_items * states.element_size()
 
@@ -122,7 +130,7 @@ def test_only_one_side_may_need_a_gradient(learned):
 def test_without_gradients_only_the_value_is_computed():
     states, table, target = batch()
     expected = F.cross_entropy(states @ table.T, target)
-    with torch.no_grad(), LargestTensor() as seen:
+    with torch.no_grad(), StoragesMade() as seen:
         loss = next_item_cross_entropy(states, table, target, memory_mb=1e-9)
     assert_close(loss, expected.detach())
     assert not loss.requires_grad

@@ -111,6 +111,8 @@ def test_fusion_ignores_what_stands_at_an_absent_modality(junk):
     layer, h = fusion(), modalities()
     disturbed = torch.where(PRESENT[..., None], h, junk)
     assert_same(layer(disturbed, PRESENT), layer(h, PRESENT), [h, *layer.parameters()])
+    undisturbed = layer.attention_weights(h, PRESENT)
+    assert_same(layer.attention_weights(disturbed, PRESENT), undisturbed, [h, layer.key.weight])
 
 
 def test_item_without_any_modality_is_zero_and_has_no_gradient():
@@ -155,6 +157,16 @@ def test_every_parameter_of_the_layer_gets_a_gradient():
     (layer(h, PRESENT) * torch.randn(N, D)).sum().backward()
     silent = [n for n, p in layer.named_parameters() if p.grad.abs().max() < 1e-9]
     assert silent == []
+
+
+def test_attention_dropout_falls_on_the_weights():
+    # every weight dropped: as if the values were zero
+    dropped, h = fusion(attn_dropout_prob=1.0), modalities()
+    plain = fusion()
+    plain.load_state_dict(dropped.state_dict())
+    torch.nn.init.zeros_(plain.value.weight)
+    torch.nn.init.zeros_(plain.value.bias)
+    assert_close(dropped(h, PRESENT), plain(h, PRESENT))
 
 
 def test_dropout_acts_in_training_only():
