@@ -369,6 +369,13 @@ def test_equal_singular_values_give_the_same_answer_every_time():
     assert (first == second).all()
 
 
+def test_lanczos_begins_at_the_same_vector_every_time(monkeypatch):
+    monkeypatch.setattr(derive, "_DENSE", 0)
+    matrix = derive.sp.csr_matrix(np.random.default_rng(0).random((90, 70)))
+    first, second = (derive._singular_vectors(matrix, 5)[0] for _ in range(2))
+    assert (first == second).all()
+
+
 def test_all_components_hold_all_variance():
     matrix = np.random.default_rng(0).random((6, 4))
     values, explained = derive._decompose(derive.sp.csr_matrix(matrix), 4, "m")
@@ -377,7 +384,8 @@ def test_all_components_hold_all_variance():
 
 
 def test_dim_beyond_the_rank_is_reduced_with_a_warning(world, caplog):
-    world.write({"a": ("Red", ""), "b": ("Red", ""), "c": ("Blue", ""), "d": ("Blue", "")})
+    red, blue = ("Red Sun", ""), ("Blue Moon", "")  # four rows, six terms, rank two
+    world.write({"a": red, "b": red, "c": blue, "d": blue})
     found = world({**TEXT, "dim": 64})
     assert {len(vector) for vector in found.values()} == {2}
     assert "content: dim 64 is more than its content holds; reduced to its rank 2" in caplog.text
