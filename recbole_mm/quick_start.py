@@ -18,7 +18,7 @@ from recbole.utils import ModelType, init_seed
 from recbole_mm import compat, protocol
 from recbole_mm.config import Config
 from recbole_mm.data.dataset import create_dataset
-from recbole_mm.errors import InputError
+from recbole_mm.errors import InputError, RecboleMMError
 from recbole_mm.run_folder import RunFolder, environment
 from recbole_mm.trainer import trainer_class
 
@@ -94,6 +94,8 @@ def _run(config: Config, *, saved: bool) -> dict[str, Any]:
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     try:
         net = config.model_class(config, train_data._dataset).to(config["device"])
+    except RecboleMMError:
+        raise
     except ValueError as error:
         # the parts of a model check their sizes and choices where they use them
         raise InputError(f"{config['model']}: {error}") from error

@@ -1,0 +1,342 @@
+"""Bad data through the command line: the fault cases 1 to 28 and 30 of reliability.md.
+
+Each fault is planted into a copy of the generated data set. A refusal must have exit code 2, a
+message that names the culprit, and must leave nothing behind; what is accepted must give the
+result of the clean data. Cases 29, 33 and later ones belong to other parts.
+"""
+
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recbole_mm.cli import run_main
+from recbole_mm.config import DATASETS
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A copy of tiny that a test may break."""
+    shutil.copytree(DATASETS / "tiny", tmp_path / "data" / "tiny")
+    return tmp_path
+
+
+def folder(world):
+    return world / "data" / "tiny"
+
+
+def launch(world, *arguments, model="Pop"):
+    return run_main(
+        [
+            *(f"--model={model}", "--dataset=tiny", f"--data_path={world / 'data'}", "--epochs=1"),
+            *("--show_progress=False", "--MAX_ITEM_LIST_LENGTH=10", "--mfl_pretrain_epochs=0"),
+            *(f"--checkpoint_dir={world / 'saved'}", f"--feature_cache_dir={world / 'cache'}"),
+            *arguments,
+        ]
+    )
+
+
+def refused(world, capsys, *fragments, arguments=(), model="Pop"):
+    assert launch(world, *arguments, model=model) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    for fragment in fragments:
+        assert fragment in message
+    assert not (world / "saved").exists()
+    assert not list(world.rglob("*.tmp"))
+
+
+def result(world, *arguments, model="Pop"):
+    """Test result, protocol and report of a run that must work; its folder is removed."""
+    assert launch(world, *arguments, model=model) == 0
+    (run,) = (world / "saved" / "tiny" / model).iterdir()
+    content = json.loads((run / "result.json").read_text())
+    shutil.rmtree(world / "saved")
+    return content
+
+
+def rewrite(path, change):
+    path.write_bytes(change(path.read_bytes()))
+
+
+def features(world, values, *, declaration="{path: x.npy, ids: ids.txt}", ids=None):
+    """Write a matrix and its ids, and return the argument that declares it."""
+    np.save(folder(world) / "x.npy", values)
+    tokens = [f"i{n:03d}" for n in range(len(values))] if ids is None else ids
+    (folder(world) / "ids.txt").write_text("\n".join(tokens) + "\n")
+    return f"--modalities={{x: {declaration}}}"
+
+
+def matrix(rows=120):
+    return np.random.default_rng(0).normal(size=(rows, 4)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------- interactions
+
+
+def test_case_1_missing_data_set(world, capsys):
+    shutil.rmtree(folder(world))
+    refused(world, capsys, "no data set 'tiny'", "tiny.inter", "set data_path")
+
+
+@pytest.mark.parametrize("content", ["", "user_id:token\titem_id:token\ttimestamp:float\n"])
+def test_case_2_empty_or_header_only_file(world, capsys, content):
+    (folder(world) / "tiny.inter").write_text(content)
+    refused(world, capsys, "tiny.inter")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "user_id\titem_id:token\ttimestamp:float",
+        "user_id:token:x\titem_id:token\ttimestamp:float",
+        "user_id:tokn\titem_id:token\ttimestamp:float",
+    ],
+)
+def test_case_3_malformed_header_is_quoted(world, capsys, header):
+    rewrite(folder(world) / "tiny.inter", lambda b: header.encode() + b[b.index(b"\n") :])
+    refused(world, capsys, "tiny.inter", header.split("\t")[0])
+
+
+def test_cases_4_and_5_byte_order_mark_and_crlf_change_nothing(world):
+    clean = result(world)
+    rewrite(folder(world) / "tiny.inter", lambda b: b"\xef\xbb\xbf" + b.replace(b"\n", b"\r\n"))
+    broken = result(world)
+    assert broken["protocol"] == clean["protocol"]
+    assert broken["test_result"] == clean["test_result"]
+
+
+def test_cases_6_and_7_quotes_and_na_lose_no_row(world):
+    path = folder(world) / "tiny.item"
+    lines = path.read_text().splitlines()
+    for row, title in enumerate(['"odd', "NA", "null", 'a "b', "nan", "None"], start=1):
+        cells = lines[row].split("\t")
+        lines[row] = "\t".join([cells[0], title, *cells[2:]])
+    path.write_text("\n".join(lines) + "\n")
+    rename = {"i001": "NA", "i002": "null", "i003": "nan", "i004": '"i004'}
+    for name in ("tiny.inter", "tiny.item", "image_ids.txt"):
+        text = (folder(world) / name).read_text()
+        for old, new in rename.items():
+            text = text.replace(old, new)
+        (folder(world) / name).write_text(text)
+    done = result(
+        world,
+        "--modalities={t: {derive: text, fields: [title], method: tfidf, dim: 4}}",
+        model="SASRecMM",
+    )
+    assert done["data"]["interactions"]["items"] == 120
+    assert done["data"]["interactions"]["interactions"] == 3328
+
+
+def test_case_8_short_row_names_its_line(world, capsys):
+    path = folder(world) / "tiny.inter"
+    lines = path.read_text().splitlines()
+    lines[6] = "\t".join(lines[6].split("\t")[:2])
+    path.write_text("\n".join(lines) + "\n")
+    refused(world, capsys, "tiny.inter", "line 7")
+
+
+@pytest.mark.parametrize("value", ["", "yesterday", "nan"])
+def test_case_9_bad_time_is_refused_or_dropped_and_never_imputed(world, capsys, value):
+    path = folder(world) / "tiny.inter"
+    lines = path.read_text().splitlines()
+    lines[4] = "\t".join([*lines[4].split("\t")[:2], value])
+    path.write_text("\n".join(lines) + "\n")
+    refused(world, capsys, "line 5", "on_bad_time")
+    dropped = result(world, "--on_bad_time=drop")
+    assert dropped["data"]["interactions"]["interactions"] == 3327
+    assert any("1 rows without a usable time dropped" in x for x in dropped["data"]["lines"])
+
+
+def test_case_10_repeated_rows_are_counted_and_kept(world):
+    path = folder(world) / "tiny.inter"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[1], lines[2]]) + "\n")
+    done = result(world)
+    assert done["data"]["interactions"]["interactions"] == 3330
+    assert any("2 repeated" in line for line in done["data"]["lines"])
+
+
+def test_case_11_equal_times_keep_the_order_of_the_file(world):
+    path = folder(world) / "tiny.inter"
+    header, *rows = path.read_text().splitlines()
+    path.write_text("\n".join([header, *("\t".join([*r.split("\t")[:2], "7"]) for r in rows)]))
+    first, again = result(world), result(world)
+    assert first["protocol"]["test"] == again["protocol"]["test"]
+    last = {}
+    for row in rows:
+        user, item, _ = row.split("\t")
+        last[user] = item
+    from hashlib import sha256
+
+    digest = sha256("".join(sorted(f"{u}\t{i}\n" for u, i in last.items())).encode())
+    assert first["protocol"]["test"] == digest.hexdigest()[:12]
+
+
+def test_case_12_filters_that_leave_nothing_show_the_counts(world, capsys):
+    arguments = ["--item_inter_num_interval=[100000,inf)"]
+    refused(world, capsys, "3328", "item_inter_num_interval", arguments=arguments)
+
+
+def test_case_13_short_users_are_counted(world):
+    path = folder(world) / "tiny.inter"
+    path.write_text(path.read_text() + "short1\ti000\t5\nshort2\ti000\t5\nshort2\ti003\t6\n")
+    done = result(world)
+    assert done["protocol"]["test_users"] == 300
+    assert any("2 users" in line or "2 user" in line for line in done["data"]["lines"])
+
+
+# ---------------------------------------------------------------------- features
+
+
+def bad_features(world, capsys, argument, *fragments):
+    refused(world, capsys, *fragments, arguments=[argument], model="SASRecMM")
+
+
+def test_case_14_missing_feature_file(world, capsys):
+    bad_features(world, capsys, "--modalities={x: {path: no.npy, index: token}}", "no.npy")
+
+
+def test_case_15_ids_without_a_match_show_both_sides(world, capsys):
+    argument = features(world, matrix(), ids=[f"{n}.0" for n in range(120)])
+    bad_features(world, capsys, argument, "0.0", "i0")
+
+
+def test_case_16_low_coverage_is_refused_and_lowered_on_request(world, capsys):
+    argument = features(world, matrix(60))
+    bad_features(world, capsys, argument, "min_coverage", "0.9")
+    done = result(world, argument, "--min_coverage=0.4", model="SASRecMM")
+    assert done["data"]["modalities"][0]["missing"] == 60
+
+
+def test_case_17_features_never_add_items(world):
+    clean = result(world, "--modalities={}", model="MUFASA")
+    argument = features(world, matrix(150))
+    done = result(world, argument, model="MUFASA")
+    assert done["data"]["modalities"][0]["unknown"] == 30
+    assert done["protocol"] == clean["protocol"]
+
+
+def test_case_18_duplicate_ids_must_agree(world, capsys):
+    ids = [f"i{n:03d}" for n in range(120)]
+    values = np.concatenate([matrix(), matrix()[:1]])
+    assert result(world, features(world, values, ids=[*ids, "i000"]), model="SASRecMM")
+    values[-1] += 1
+    bad_features(world, capsys, features(world, values, ids=[*ids, "i000"]), "i000")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_case_19_non_finite_values_are_refused_or_masked(world, capsys, bad):
+    values = matrix()
+    values[5, 1] = bad
+    bad_features(world, capsys, features(world, values), "i005", "nan: mask")
+    argument = features(world, values, declaration="{path: x.npy, ids: ids.txt, nan: mask}")
+    done = result(world, argument, model="SASRecMM")
+    assert done["data"]["modalities"][0]["missing"] == 1
+
+
+def test_case_20_zero_rows_are_counted(world):
+    values = matrix()
+    values[:3] = 0
+    done = result(world, features(world, values), model="SASRecMM")
+    assert "all-zero 3" in done["data"]["lines"][-1]
+
+
+def test_case_21_wrong_width_of_a_bare_float_file(world, capsys):
+    matrix(114).tofile(folder(world) / "tiny.feat1CLS")  # 456 numbers: no multiple of 5
+    declaration = "{path: '{dataset}.feat1CLS', dim: 5, ids: image_ids.txt}"
+    bad_features(world, capsys, f"--modalities={{x: {declaration}}}", "feat1CLS", "5")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float16, np.int32])
+def test_case_22_other_number_types_are_read(world, dtype):
+    argument = features(world, (10 * matrix()).astype(dtype))
+    assert result(world, argument, model="SASRecMM")
+
+
+def test_case_23_ragged_side_file_names_its_line(world, capsys):
+    rows = [f"i{n:03d}\t1 2 3" for n in range(120)]
+    rows[7] = "i007\t1 2"
+    (folder(world) / "tiny.itememb").write_text(
+        "item_id:token\tvector:float_seq\n" + "\n".join(rows) + "\n"
+    )
+    bad_features(
+        world, capsys, "--modalities={x: {path: '{dataset}.itememb', column: vector}}", "9"
+    )
+
+
+def test_case_24_a_matrix_of_another_height_than_its_ids(world, capsys):
+    ids = [f"i{n:03d}" for n in range(119)]
+    bad_features(world, capsys, features(world, matrix(), ids=ids), "120", "119")
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.safetensors", "x.parquet", "x.pt"])
+def test_case_25_truncated_files_are_named(world, capsys, name):
+    (folder(world) / name).write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': '<f4', 'fortr")
+    bad_features(world, capsys, f"--modalities={{x: {{path: {name}, ids: image_ids.txt}}}}", name)
+
+
+class Bomb:
+    """Touches a canary when it is unpickled."""
+
+    def __init__(self, canary):
+        self.canary = canary
+
+    def __reduce__(self):
+        return Path.touch, (self.canary,)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.pt", "x.npz"])
+def test_case_26_pickles_are_never_run(world, capsys, name):
+    canary = world / "canary"
+    path = folder(world) / name
+    if name == "x.npy":
+        np.save(path, np.array([Bomb(canary)], dtype=object), allow_pickle=True)
+    elif name == "x.npz":
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([Bomb(canary)], dtype=object), allow_pickle=True)
+        np.savez(path, features=np.array([Bomb(canary)], dtype=object), ids=np.array(["i000"]))
+    else:
+        path.write_bytes(pickle.dumps(Bomb(canary)))
+    bad_features(world, capsys, f"--modalities={{x: {{path: {name}, ids: image_ids.txt}}}}", name)
+    assert not canary.exists()
+
+
+def test_case_27_an_id_file_cannot_leave_the_data_set(world, capsys):
+    features(world, matrix())
+    shutil.move(folder(world) / "ids.txt", world / "data" / "ids.txt")
+    bad_features(world, capsys, "--modalities={x: {path: x.npy, ids: ../ids.txt}}", "../ids.txt")
+
+
+def test_case_28_declarations_are_data(world, capsys):
+    canary = world / "canary"
+    evil = f"!!python/object/apply:pathlib.Path.touch ['{canary}']"
+    bad_features(world, capsys, f"--modalities={evil}", "modalities")
+    assert not canary.exists()
+
+
+def test_case_30_empty_text_is_missing_and_long_or_odd_text_is_read(world):
+    path = folder(world) / "tiny.item"
+    lines = path.read_text().splitlines()
+    for row, title in enumerate(["", "word " * 400_000, "\U0001f600 \u4e2d\u6587"], start=1):
+        cells = lines[row].split("\t")
+        lines[row] = "\t".join([cells[0], title, *cells[2:]])
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    argument = "--modalities={t: {derive: text, fields: [title], method: tfidf, dim: 4}}"
+    done = result(world, argument, model="SASRecMM")
+    assert done["data"]["modalities"][0]["missing"] >= 1
+
+
+def test_an_unknown_key_of_a_declaration_is_refused(world, capsys):
+    argument = features(world, matrix(), declaration="{path: x.npy, idz: ids.txt}")
+    bad_features(world, capsys, argument, "'idz'", "ids")
+
+
+def test_a_model_that_reads_no_features_says_so(world):
+    argument = features(world, matrix(10))
+    assert "not loaded" in " ".join(result(world, argument)["data"]["lines"])
