@@ -6,14 +6,14 @@ Shapes: B batch, L sequence length, N items (row 0 is padding), D hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
-from recbole_mm.losses.ranking import next_item_cross_entropy
+from recbole_mm.losses.ranking import gbce_loss, next_item_cross_entropy
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
@@ -22,18 +22,35 @@ if TYPE_CHECKING:
     from recbole_mm.data.dataset import MultimodalSequentialDataset
 
 
+class StepItems(NamedTuple):
+    """Items of a training step.
+
+    Attributes:
+        items: ``(U,)`` internal ids in ascending order, padding first.
+        place: ``(N,)`` row of each of them in a table of their vectors.
+        negatives: ``(K,)`` rows of sampled negatives, or ``None`` without sampling.
+    """
+
+    items: Tensor
+    place: Tensor
+    negatives: Tensor | None
+
+
 class MultimodalSequentialRecommender(SequentialRecommender):
     """A sequential recommender whose items carry frozen features of any number of modalities.
 
-    A subclass defines :meth:`item_table` and :meth:`forward`; scores are dot products of the two.
+    A subclass defines :meth:`item_vectors` (or :meth:`item_table`) and :meth:`forward`; scores are
+    dot products of the two.
 
     Attributes:
         consumes_features: Whether the declared modalities are loaded for it.
+        samples_negatives: Whether it offers ``n_negatives``, that is :meth:`item_vectors`.
         loss_names: Names of the terms of ``calculate_loss``, in its order, for the log.
     """
 
     input_type = InputType.POINTWISE
     consumes_features: ClassVar[bool] = True
+    samples_negatives: ClassVar[bool] = False
     loss_names: tuple[str, ...] = ("next_item",)
 
     @classmethod
@@ -52,12 +69,43 @@ class MultimodalSequentialRecommender(SequentialRecommender):
         self.train_objective = config["train_objective"]
         self.initializer_range = config["initializer_range"]
         self.loss_memory_mb = config["loss_memory_mb"]
+        self.n_negatives = config["n_negatives"] if self.samples_negatives else 0
+        self.gbce_t = config["gbce_t"] if self.samples_negatives else 0.0
+        if not 0 <= self.n_negatives < self.n_items - 1:
+            raise ValueError(
+                f"n_negatives must lie between 0 and {self.n_items - 2}, one less than there are "
+                f"items; got {self.n_negatives}"
+            )
         self.ITEM_TARGETS = f"{self.ITEM_ID}_target{config['LIST_SUFFIX']}"
         self._scoring_table: tuple[tuple[object, ...], Tensor] | None = None
 
     def item_table(self) -> Tensor:
         """Vectors of all items, ``(N, D)``; row 0 belongs to padding."""
+        return self.item_vectors(self.all_items())
+
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Vectors ``(U, D)`` of the items ``(U,)``; a model without it overrides `item_table`."""
         raise NotImplementedError
+
+    def all_items(self) -> Tensor:
+        """Internal ids of all items, ``(N,)``."""
+        return torch.arange(self.n_items, device=next(self.parameters()).device)
+
+    def step_items(self, interaction: Interaction) -> StepItems:
+        """Items whose vectors a training step needs: all, or the batch's and the negatives'."""
+        if not self.n_negatives:
+            everything = self.all_items()
+            return StepItems(everything, everything, None)
+        device = interaction[self.ITEM_SEQ].device
+        # one pool of negatives for the whole batch: each target sees the same, in one product
+        pool = torch.randint(1, self.n_items, (self.n_negatives,), device=device)
+        parts = [pool.new_zeros(1), interaction[self.ITEM_SEQ], interaction[self.POS_ITEM_ID], pool]
+        if self.train_objective == "all":
+            parts.append(interaction[self.ITEM_TARGETS])
+        items: Tensor = torch.unique(torch.cat([part.flatten() for part in parts]))
+        place = torch.zeros(self.n_items, dtype=torch.long, device=device)
+        place[items] = torch.arange(len(items), device=device)
+        return StepItems(items, place, place[pool])
 
     def forward(self, item_seq: Tensor, item_seq_len: Tensor, items: Tensor) -> Tensor:
         """User states ``(B, D)`` at the last real position.
@@ -93,23 +141,38 @@ class MultimodalSequentialRecommender(SequentialRecommender):
         return interaction[self.ITEM_SEQ][:, : max(1, int(length.max()))], length
 
     def next_item_loss(
-        self, interaction: Interaction, items: Tensor, *, padding_excluded: bool = True
+        self,
+        interaction: Interaction,
+        items: Tensor,
+        step: StepItems | None = None,
+        *,
+        padding_excluded: bool = True,
     ) -> Tensor:
-        """Cross-entropy over the catalogue, at the last position or at all of them.
+        """Loss of the next item, at the last position or at all of them.
+
+        Cross-entropy over the catalogue, or, with ``n_negatives``, gSASRec's generalised binary
+        cross-entropy against negatives that are drawn uniformly and shared by the batch.
 
         Args:
             interaction: A batch of training rows, prefixes or windows.
-            items: ``(N, D)``, the item table.
+            items: ``(N, D)``, the item table; ``(U, D)``, vectors of ``step.items``, with one.
+            step: What :meth:`step_items` gave; ``None`` for all items.
             padding_excluded: Leave the padding row out of the softmax. RecBole's own models keep
                 it there; it is never a target.
         """
         item_seq, length = self.histories(interaction)
-        if self.train_objective == "all":
-            targets = interaction[self.ITEM_TARGETS][:, : item_seq.size(1)]  # (B, L)
-            real = targets > 0
-            state, target = self.states(item_seq, length, items)[real], targets[real]
+        everywhere = self.train_objective == "all"
+        target = interaction[self.ITEM_TARGETS if everywhere else self.POS_ITEM_ID]
+        if step is not None:
+            item_seq, target = step.place[item_seq], step.place[target]
+        if everywhere:
+            target = target[:, : item_seq.size(1)]  # (B, L)
+            state = self.states(item_seq, length, items)[target > 0]
+            target = target[target > 0]
         else:
-            state, target = self(item_seq, length, items), interaction[self.POS_ITEM_ID]
+            state = self(item_seq, length, items)
+        if step is not None and step.negatives is not None:
+            return self._sampled_loss(state, items, target, step.negatives)
         return next_item_cross_entropy(
             state,
             items,
@@ -117,6 +180,14 @@ class MultimodalSequentialRecommender(SequentialRecommender):
             memory_mb=self.loss_memory_mb,
             padding_excluded=padding_excluded,
         )
+
+    def _sampled_loss(
+        self, state: Tensor, items: Tensor, target: Tensor, negatives: Tensor
+    ) -> Tensor:
+        positive = (state * items[target]).sum(-1)  # (T,)
+        logits = state @ items[negatives].T  # (T, K)
+        logits = logits.masked_fill(target[:, None] == negatives, float("-inf"))
+        return gbce_loss(positive, logits, n_items=self.n_items - 1, t=self.gbce_t)
 
     def scoring_table(self) -> Tensor:
         """:meth:`item_table`, computed once for an evaluation pass.

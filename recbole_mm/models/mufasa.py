@@ -55,6 +55,8 @@ class MUFASA(MultimodalSequentialRecommender):
     it is the id-only model, with ``use_id: False`` the content-only one.
     """
 
+    samples_negatives = True
+
     def __init__(self, config: Config, dataset: MultimodalSequentialDataset) -> None:
         super().__init__(config, dataset)
         hidden_size = config["hidden_size"]
@@ -138,12 +140,9 @@ class MUFASA(MultimodalSequentialRecommender):
 
     # ------------------------------------------------------------------ items
 
-    def item_table(self) -> Tensor:
-        """Item vectors ``(N, D)``."""
-        return self._vectors(self._all_items(), self._fused(self._all_items()))
-
-    def _all_items(self) -> Tensor:
-        return torch.arange(self.n_items, device=self.position_embedding.weight.device)
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Fused content and id embedding, ``(U, D)``."""
+        return self._vectors(items, self._fused(items))
 
     def _fused(self, items: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Fused content z (U, D), projections h (U, M, D), presence (U, M)."""
@@ -176,9 +175,9 @@ class MUFASA(MultimodalSequentialRecommender):
 
     def calculate_loss(self, interaction: Interaction) -> tuple[Tensor, ...]:
         """Next-item cross-entropy, then the weighted fusion losses in the order of the paper."""
-        fused = self._fused(self._all_items())
-        items = self._vectors(self._all_items(), fused)
-        next_item = self.next_item_loss(interaction, items)
+        step = self.step_items(interaction)
+        fused = self._fused(step.items)
+        next_item = self.next_item_loss(interaction, self._vectors(step.items, fused), step)
         if self.fusion_losses is None or fused is None:
             return (next_item,)
         chosen = self._distinct_items(interaction)  # (U,)
@@ -187,7 +186,7 @@ class MUFASA(MultimodalSequentialRecommender):
             if self.collaborative_target == "cooccurrence"
             else None
         )
-        z, h, present = (part[chosen] for part in fused)
+        z, h, present = (part[step.place[chosen]] for part in fused)
         return (
             next_item,
             *self._terms(self.fusion_losses, chosen, z, h, present, neighbours).values(),

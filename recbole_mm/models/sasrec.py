@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 
 from recbole_mm.layers.encoder import TransformerEncoder
@@ -37,6 +36,7 @@ class SASRecFast(MultimodalSequentialRecommender):
     """RecBole's SASRec with cross-entropy, faster; a state dict of either loads into the other."""
 
     consumes_features = False
+    samples_negatives = True
 
     def __init__(self, config: Config, dataset: MultimodalSequentialDataset) -> None:
         super().__init__(config, dataset)
@@ -65,9 +65,9 @@ class SASRecFast(MultimodalSequentialRecommender):
         else:
             super()._init_weights(module)
 
-    def item_table(self) -> Tensor:
-        """Id embeddings ``(N, D)``."""
-        return self.item_embedding.weight
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Id embeddings ``(U, D)``."""
+        return self.item_embedding.weight[items]
 
     def _inputs(self, item_seq: Tensor, items: Tensor) -> Tensor:
         x = items[item_seq] + self.position_embedding.weight[: item_seq.size(1)]  # (B, L, D)
@@ -83,7 +83,9 @@ class SASRecFast(MultimodalSequentialRecommender):
 
     def calculate_loss(self, interaction: Interaction) -> tuple[Tensor]:
         """Cross-entropy over the catalogue, its padding row included as in RecBole."""
-        return (self.next_item_loss(interaction, self.item_table(), padding_excluded=False),)
+        step = self.step_items(interaction)
+        items = self.item_vectors(step.items)
+        return (self.next_item_loss(interaction, items, step, padding_excluded=False),)
 
 
 class SASRecMM(SASRecFast):
@@ -100,8 +102,7 @@ class SASRecMM(SASRecFast):
         self.project = ModalityProjection(self.features, config["hidden_size"], hidden_layers=1)
         self.project.apply(self._init_weights)
 
-    def item_table(self) -> Tensor:
-        """Sum of the id embedding and the projected features, ``(N, D)``."""
-        items = torch.arange(self.n_items, device=self.item_embedding.weight.device)
-        content, _ = self.project(items)  # (N, M, D)
-        return self.item_embedding.weight + content.sum(1)
+    def item_vectors(self, items: Tensor) -> Tensor:
+        """Sum of the id embedding and the projected features, ``(U, D)``."""
+        content, _ = self.project(items)  # (U, M, D)
+        return super().item_vectors(items) + content.sum(1)

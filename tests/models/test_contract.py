@@ -9,6 +9,7 @@ from recbole.data.interaction import Interaction
 from torch.testing import assert_close
 
 from recbole_mm.config import PROPERTIES
+from recbole_mm.losses.ranking import gbce_loss
 from recbole_mm.registry import MODELS
 
 every_model = pytest.mark.parametrize("name", list(MODELS))
@@ -122,6 +123,38 @@ def test_every_parameter_gets_a_gradient(name, objective, build):
     sum(world.model.calculate_loss(batch_of(world))).backward()
     silent = [n for n, p in world.model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
+
+
+@every_model
+@every_objective
+def test_sampled_negatives_train_every_parameter_too(name, objective, build):
+    if not MODELS[name].samples_negatives or not offered(name, objective):
+        pytest.skip("not offered")
+    world = build(name, train_objective=objective, n_negatives=20)
+    losses = world.model.calculate_loss(batch_of(world))
+    assert all(loss.isfinite() for loss in losses)
+    sum(losses).backward()
+    silent = [n for n, p in world.model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert silent == []
+
+
+@every_model
+def test_sampled_negatives_are_scored_against_the_full_table(name, build):
+    """The loss over the few items of a step equals gBCE read off the whole score matrix."""
+    if not MODELS[name].samples_negatives:
+        pytest.skip("not offered")
+    world = build(name, train_objective="last", n_negatives=20)
+    batch = batch_of(world)
+    torch.manual_seed(4)
+    step = world.model.step_items(batch)
+    torch.manual_seed(4)
+    loss = world.model.calculate_loss(batch)[0]
+    scores = world.model.full_sort_predict(batch)
+    target = batch["item_id"]
+    negatives = step.items[step.negatives]
+    logits = scores[:, negatives].masked_fill(target[:, None] == negatives, float("-inf"))
+    positive = scores.gather(1, target[:, None])[:, 0]
+    assert_close(loss, gbce_loss(positive, logits, n_items=120, t=0.75), rtol=1e-4, atol=1e-5)
 
 
 @every_model
