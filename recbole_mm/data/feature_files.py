@@ -153,9 +153,6 @@ def read_features(
     return file
 
 
-# ------------------------------------------------------------------------------------ numbers
-
-
 @contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
     """Turn whatever a damaged file makes a parser raise into an error that names the file."""
@@ -259,9 +256,6 @@ def _one_token_a_row(n_tokens: int, n_rows: int, path: Path) -> None:
         )
 
 
-# ----------------------------------------------------------------------- matrices and archives
-
-
 def _read_npy(path: Path) -> FeatureFile:
     with _reading(path, "npy"):
         numbers = _copy_on_write(lambda mode: np.lib.format.open_memmap(path, mode=mode))
@@ -303,11 +297,11 @@ def _read_npz(path: Path) -> FeatureFile:
 
 
 def _read_pt(path: Path) -> FeatureFile:
+    mappable = zipfile.is_zipfile(path)  # torch maps only its zip form
     try:
-        # only torch's zip form can be mapped
-        held = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except PermissionError as error:
+        raise EnvironmentFault(f"cannot read {path}: check the file's permissions") from error
     except Exception as error:
         raise InputError(
             f"{path}: damaged, or holds something other than plain tensors ({type(error).__name__})"
@@ -378,9 +372,6 @@ def _read_folder(folder: Path) -> FeatureFile:
             )
         values[row] = _matrix(numbers, path)[0]
     return FeatureFile(values, str(first.dtype), [path.stem for path in files])
-
-
-# ---------------------------------------------------------------------------- safetensors
 
 
 def _read_safetensors(path: Path) -> FeatureFile:
@@ -556,9 +547,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# --------------------------------------------------------------------------------- tables
 
 
 class _TextRows:
@@ -765,9 +753,6 @@ def _read_parquet(path: Path, id_col: str | None, column: str | None) -> Feature
     return FeatureFile(_matrix(values[:done], path), str(kind), tokens)
 
 
-# -------------------------------------------------------------------------------- id files
-
-
 def read_ids(path: Path, *, id_col: str | None = None) -> tuple[list[str], list[int] | None]:
     """Item tokens of a matrix that stands in another file.
 
@@ -865,9 +850,6 @@ def _row_number(text: str, path: Path, line: int) -> int:
         return int(text)
     except ValueError as error:
         raise InputError(f"{path}, line {line}: row {text!r} is not a whole number") from error
-
-
-# ------------------------------------------------------------------------------ identity
 
 
 def _neighbours(path: Path) -> str:

@@ -266,9 +266,6 @@ def load_features(
     return FeatureTable(modalities, len(tokens))
 
 
-# --------------------------------------------------------------------------- declarations
-
-
 def _declaration(name: str, raw: Mapping[str, Any]) -> Declaration:
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise InputError(
@@ -312,9 +309,6 @@ def _locate(declared: str, key: str, dataset_name: str, folder: Path) -> Path:
         mend = "write it as an absolute path" if key == "path" else "copy the file into it"
         raise InputError(f"{key}: {declared!r} leads out of the dataset's folder {folder}; {mend}")
     return located
-
-
-# ------------------------------------------------------------------------------- one file
 
 
 def _load(
@@ -455,9 +449,6 @@ def _check(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, bool]:
         if all_equal:
             all_equal = bool(torch.eq(numbers[used[part]], model).all())
     return non_finite, zero, all_equal
-
-
-# ------------------------------------------------------------------------------ alignment
 
 
 def _align(

@@ -212,9 +212,6 @@ def test_declared_width_must_be_the_files(tmp_path):
         read_features(tmp_path / "f.npy", dim=768)
 
 
-# ---------------------------------------------------------------------- case 14: missing
-
-
 def test_missing_file_is_named_with_its_neighbours(tmp_path):
     write(tmp_path / "f.npy")
     with pytest.raises(InputError, match=r"g\.npy does not exist; did you mean f\.npy"):
@@ -227,9 +224,6 @@ def test_unknown_format_lists_the_known_ones(tmp_path):
         read_features(tmp_path / "f.h5")
 
 
-# --------------------------------------------------------- case 21: width of a headerless file
-
-
 def test_headerless_file_needs_its_width(tmp_path):
     write(tmp_path / "d.feat1CLS")
     with pytest.raises(InputError, match=r"no header.*set `dim`, 768"):
@@ -240,9 +234,6 @@ def test_headerless_file_of_another_width_is_refused(tmp_path):
     write(tmp_path / "d.feat1CLS")
     with pytest.raises(InputError, match=r"48 bytes are not a whole number.*`dim: 5`"):
         read_features(tmp_path / "d.feat1CLS", dim=5)
-
-
-# ------------------------------------------------------------------- case 22, 26: no pickle
 
 
 @pytest.fixture
@@ -305,9 +296,6 @@ def test_state_dict_is_refused_with_its_keys(tmp_path):
         read_features(tmp_path / "f.pt")
 
 
-# ----------------------------------------------------------------------- case 23: ragged
-
-
 def test_ragged_float_seq_names_the_line(tmp_path):
     (tmp_path / "d.itememb").write_text("item_id:token\tv:float_seq\na\t1 2\nb\t1 2 3\n")
     with pytest.raises(InputError, match=r"d\.itememb, line 3: 3 numbers for item 'b', 2 in"):
@@ -340,9 +328,6 @@ def test_short_line_is_named(tmp_path, name):
     (tmp_path / name).write_text(header)
     with pytest.raises(InputError, match=rf"{name}, line \d: \d columns, the header has \d"):
         read_features(tmp_path / name)
-
-
-# ------------------------------------------------------------------------ case 25: damage
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.97])
@@ -392,9 +377,6 @@ def test_lying_safetensors_header_is_refused(tmp_path, change):
         read_features(path)
 
 
-# --------------------------------------------------------------- case 27: paths in archives
-
-
 @pytest.mark.parametrize("member", ["../evil", "/evil", "a/b"])
 def test_archive_member_with_a_path_is_refused(tmp_path, member):
     np.savez(tmp_path / "f.npz", **{"features": VALUES.numpy(), member: VALUES.numpy()})
@@ -408,9 +390,6 @@ def test_link_out_of_a_folder_is_refused(tmp_path):
     (tmp_path / "folder" / "x.npy").symlink_to(tmp_path / "secret.npy")
     with pytest.raises(InputError, match=r"x\.npy: link out of its folder"):
         read_features(tmp_path / "folder")
-
-
-# ------------------------------------------------------------------------------- tables
 
 
 @pytest.mark.parametrize("name", ["list.csv", "d.itememb", "list.parquet"])
@@ -500,9 +479,6 @@ def test_not_as_many_ids_as_rows_is_refused(tmp_path):
         read_features(tmp_path / "f.npz")
 
 
-# ------------------------------------------------------------------------------ id files
-
-
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
@@ -563,9 +539,6 @@ def test_bad_id_file_is_refused_by_line(tmp_path, name, text, message):
 def test_missing_id_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"id file .*i\.txt does not exist"):
         read_ids(tmp_path / "i.txt")
-
-
-# ------------------------------------------------------------------------ canonical form
 
 
 def test_saved_features_come_back_with_presence_and_metadata(tmp_path):
@@ -652,9 +625,6 @@ def test_canonical_file_without_rows_is_no_matrix(tmp_path):
     safetensors.torch.save_file({"features": torch.zeros(0, 3)}, tmp_path / "f.safetensors")
     with pytest.raises(InputError, match=r"shape \(0, 3\); a feature matrix is \(rows, width\)"):
         read_features(tmp_path / "f.safetensors")
-
-
-# ------------------------------------------------------------------------------- hashes
 
 
 def test_hash_is_sha256sum_and_follows_the_content(tmp_path):

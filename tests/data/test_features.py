@@ -51,9 +51,6 @@ def numbered(n):
     return ["[PAD]", *map(str, n)]
 
 
-# ----------------------------------------------------------------------------- alignment
-
-
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_alignment_equals_a_dictionary(data):
@@ -197,9 +194,6 @@ def test_features_stay_a_view_of_the_file(tmp_path):
     assert features.values[0, 0].item() == before + 1
 
 
-# ---------------------------------------------------------------- cases 14-17: which items
-
-
 def test_case_14_missing_file_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"modalities\.text: feature file .*g\.npz does not exist"):
         load(tmp_path, path="g.npz")
@@ -248,9 +242,6 @@ def test_padding_never_has_a_vector(tmp_path):
     features = load(tmp_path, path="f.npz")
     assert not features.present[0]
     assert vectors(features)[1:, 0].tolist() == [2, 3, 4, 5]
-
-
-# ------------------------------------------------------------- cases 18-20: which numbers
 
 
 def test_case_18_different_vectors_of_one_item_are_an_error(tmp_path):
@@ -352,9 +343,6 @@ def test_checks_see_every_chunk(tmp_path, monkeypatch):
     features = load(tmp_path, numbered(range(n)), path="f.npz", nan="mask", min_coverage=0.5)
     assert (features.report.nonfinite, features.report.zero) == (1, 1)
     assert not features.present[9]
-
-
-# -------------------------------------------------------- cases 21-24: shapes and numbering
 
 
 def test_case_21_half_the_width_is_seen_by_the_number_of_rows(tmp_path):
@@ -464,9 +452,6 @@ def test_id_file_with_a_row_outside_the_matrix_is_refused(tmp_path, row):
         load(tmp_path, path="f.npy", ids="ids.json")
 
 
-# ----------------------------------------------------------------- cases 25-28: hostility
-
-
 def test_case_25_damaged_file_is_named(tmp_path):
     npz(tmp_path, ITEMS[1:], VALUES)
     whole = (tmp_path / "f.npz").read_bytes()
@@ -532,9 +517,6 @@ def test_case_28_braces_in_a_path_are_not_evaluated(tmp_path):
         load(tmp_path, path="{dataset.__class__}.npz")
 
 
-# -------------------------------------------------------------------------- declarations
-
-
 @pytest.mark.parametrize(
     ("declaration", "message"),
     [
@@ -580,9 +562,6 @@ def test_null_means_not_set(tmp_path):
 def test_min_coverage_is_a_share(tmp_path, value):
     with pytest.raises(InputError, match="min_coverage: "):
         load_all(tmp_path, {}, min_coverage=value)
-
-
-# -------------------------------------------------------------------------------- report
 
 
 def test_report_is_one_printable_line(tmp_path):
