@@ -227,8 +227,8 @@ class MultimodalDataset(Dataset):
 
     def _data_filtering(self) -> None:
         if self._id_fields:
-            for field in self._id_fields:
-                self._codes[field] = pd.factorize(self.inter_feat[field], use_na_sentinel=False)[0]
+            for field in self._id_fields:  # integers are faster than tokens; an empty id is 0
+                self._codes[field] = pd.factorize(self.inter_feat[field])[0] + 1
             self._note_step("as read")
         super()._data_filtering()
 
@@ -246,7 +246,7 @@ class MultimodalDataset(Dataset):
         if not self._codes or (self._steps and self._steps[-1].interactions == len(rows)):
             return
         users, items = (
-            int(np.count_nonzero(np.bincount(codes[rows]))) for codes in self._codes.values()
+            int(np.count_nonzero(np.bincount(codes[rows])[1:])) for codes in self._codes.values()
         )
         self._steps.append(FilterStep(name, users, items, len(rows)))
         if not len(rows):
@@ -261,7 +261,9 @@ class MultimodalDataset(Dataset):
         for field, feat in self._side_files():
             feat.dropna(subset=[field], inplace=True)
         if self._id_fields:
-            self.inter_feat.dropna(subset=self._id_fields, inplace=True)
+            has_ids = np.logical_and.reduce([codes > 0 for codes in self._codes.values()])
+            if not has_ids.all():
+                self.inter_feat = self.inter_feat[has_ids]
             self._note_step("rows with an empty id")
 
     def _remove_duplication(self) -> None:
@@ -286,8 +288,8 @@ class MultimodalDataset(Dataset):
         }
         super()._filter_by_field_value()
         for field, feat in self._side_files():
-            if field in before:
-                removed = set(before[field]).difference(feat[field])
+            removed = set(before.get(field, ())).difference(feat[field])
+            if removed:
                 self.inter_feat = self.inter_feat[~self.inter_feat[field].isin(removed)]
         self._note_step("val_interval")
 
@@ -335,14 +337,21 @@ class MultimodalDataset(Dataset):
         knowledge graph are ids of their own and stay.
         """
         for name in ("user_id", "item_id"):
+            for field in self.alias[name]:
+                if field not in self.field2type:
+                    raise InputError(
+                        f"alias_of_{name}: no column {str(field)!r} is loaded; add it to "
+                        f"load_col, or remove it{nearest(field, self.field2type)}"
+                    )
             fields = self._get_remap_list(self.alias[name])
+            others = [entry for entry in fields if entry[0] is not self.inter_feat]
+            if not others:
+                continue
             known: set[Any] = set()
             for feat, field, kind in fields:
                 if feat is self.inter_feat:
                     known.update(_tokens(feat[field], kind))
-            for feat, field, kind in fields:
-                if feat is self.inter_feat:
-                    continue
+            for feat, field, kind in others:
                 if kind is FeatureType.TOKEN_SEQ:
                     feat[field] = [
                         np.array([token for token in row if token in known], dtype=object)

@@ -178,6 +178,7 @@ class SequenceRows(Interaction):
         backwards = n_windows[run] - 1 - number
         length = (size[run] - backwards * longest).clamp(max=longest)
         rows = SequenceRows.at(last[run] - backwards * longest, length, self.source, windows=True)
+        rows.interaction = {field: rows.interaction[field] for field in self.interaction}
         rows.lists = self.lists
         return rows
 

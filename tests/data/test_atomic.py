@@ -150,6 +150,11 @@ def test_decimal_times_are_exact(write):
     assert frame["timestamp"].tolist() == [float(text) for text in texts]
 
 
+def test_integers_beyond_64_bits_are_floats(write):
+    path = write(f"timestamp:float\n{2**63}\n-1\n")
+    assert read_atomic(path, time_field="timestamp").frame["timestamp"].tolist() == [2.0**63, -1.0]
+
+
 def test_other_floats_are_float64(write):
     frame = read_atomic(write("x:float\n1\n2\n")).frame
     assert frame["x"].dtype == np.float64
