@@ -15,12 +15,40 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
+
+
+@dataclass(frozen=True)
+class LatestKeys:
+    """A branch that sees the ``window`` latest keys, the query's own included."""
+
+    window: int
+
+
+@dataclass(frozen=True)
+class ChosenBlocks:
+    """A branch that sees the tokens, up to the query, of its own block and of some chosen ones.
+
+    Attributes:
+        chosen: int64. ``(B, L, m)`` for each query, -1 for none; or, if shared, ``(B, N, m)`` for
+            each of the ``N = ceil(L / b)`` blocks of queries: the first ``min(i, m)`` of block
+            ``i`` are earlier blocks, the rest is not read.
+        block_size: Tokens ``b`` in a block.
+        is_shared: Whether the queries of a block share their choice.
+    """
+
+    chosen: Tensor
+    block_size: int
+    is_shared: bool
+
+
+Branch = tuple[LatestKeys | ChosenBlocks, Tensor]  # keys seen, and gate (G, L, 1), not negative
 
 _LEVELS = 1 << 16  # dropout compares 16 random bits
 
@@ -85,18 +113,36 @@ def tile_gradients(
     Returns:
         Gradients of query, key and value; the last one still times ``ln 2``.
     """
-    weights = scores.sub_(log_sum).exp2_()
-    grad_weights = scores_of(grad, value)
-    kept = weights
-    if keep is not None:
-        kept = weights * keep
-        grad_weights.mul_(keep)
-    grad_scores = grad_weights.sub_(delta).mul_(weights).to(query.dtype)
+    grads = scores_of(grad, value)
+    weigh_(scores, grads, log_sum, delta, keep)
+    weights, grads = scores.to(query.dtype), grads.to(query.dtype)
     return (
-        torch.bmm(grad_scores, key),
-        torch.bmm(grad_scores.transpose(1, 2), query),
-        torch.bmm(kept.to(query.dtype).transpose(1, 2), grad),
+        torch.bmm(grads, key),
+        torch.bmm(grads.transpose(1, 2), query),
+        torch.bmm(weights.transpose(1, 2), grad),
     )
+
+
+def weigh_(
+    scores: Tensor, grads: Tensor, log_sum: Tensor, delta: Tensor, keep: Tensor | None
+) -> None:
+    """Turn scores into weights, and gradients of the weights into those of the scores.
+
+    All arguments but ``grads`` (n, T, K) are those of :func:`tile_gradients`. After it,
+    ``scores`` holds the weights that dropout kept.
+    """
+    weights = scores.sub_(log_sum).exp2_()
+    if keep is not None:
+        grads.mul_(keep)
+    grads.sub_(delta).mul_(weights)
+    if keep is not None:
+        weights.mul_(keep)
+
+
+def gather_blocks(blocks: Tensor, index: Tensor) -> Tensor:
+    """Blocks (N, b, d) at ``index`` (g, n), side by side: (g, n b, d)."""
+    picked = blocks.flatten(1).index_select(0, index.flatten())
+    return picked.view(len(index), -1, blocks.shape[-1])
 
 
 def score_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -100,13 +100,15 @@ class _BlockAttention(torch.autograd.Function):
         query: Tensor,
         block_key: Tensor,
         block_value: Tensor,
+        gate: Tensor,
         n_heads: int,
         block_size: int,
         n_best: int,
         dropout: Dropout,
     ) -> tuple[Tensor, Tensor]:
         G, L, _ = query.shape
-        output = torch.zeros_like(query)
+        mixed = torch.empty_like(query)
+        mixed[:, : block_size - 1] = 0.0  # these queries see no block, and no tile holds them
         log_sum = query.new_zeros((G, L, 1), dtype=score_dtype(query.dtype))
         n_best = min(n_best, block_key.shape[1])
         best = torch.full((G // n_heads, L, n_best), -1, device=query.device)
@@ -118,26 +120,29 @@ class _BlockAttention(torch.autograd.Function):
             keep = dropout.draw(weights)
             if keep is not None:
                 kept = weights * keep
-            output[tile.here] = mix(kept, block_value[tile.there]).mul_(dropout.scale / total)
+            mixed[tile.here] = mix(kept, block_value[tile.there]).mul_(dropout.scale / total)
             if n_best > 0:
                 heads = weights.div_(total).view(-1, n_heads, *weights.shape[1:]).unbind(1)
                 merit = reduce(torch.add, heads)  # (rows, T, K); faster than a sum over H
                 rows = slice(tile.rows.start // n_heads, tile.rows.stop // n_heads)
                 best[rows, tile.queries] = _best_others(merit, tile, block_size, n_best)
-        ctx.save_for_backward(query, block_key, block_value, output, log_sum)
+        ctx.save_for_backward(query, block_key, block_value, gate, mixed, log_sum)
         ctx.sizes, ctx.dropout = (n_heads, block_size), dropout
         ctx.mark_non_differentiable(best)
-        return output, best
+        return gate * mixed, best
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        query, block_key, block_value, output, log_sum = ctx.saved_tensors
+        query, block_key, block_value, gate, mixed, log_sum = ctx.saved_tensors
         (n_heads, block_size), dropout = ctx.sizes, ctx.dropout
         G, L, _ = query.shape
-        delta = (grad_output * output).sum(-1, keepdim=True) * LN_2
+        grad_gate = (grad_output * mixed).sum(-1, keepdim=True, dtype=log_sum.dtype)
+        delta = grad_gate * LN_2
+        log_sum = log_sum - gate.to(log_sum.dtype).log2()
         grad = grad_output * (LN_2 * dropout.scale)
-        grad_query = torch.zeros_like(query)
+        grad_query = torch.empty_like(query)
+        grad_query[:, : block_size - 1] = 0.0
         grad_key, grad_value = torch.zeros_like(block_key), torch.zeros_like(block_value)
         cuts = _tiles(G, n_heads, L, block_size, query.device)
         for tile, keep in zip(cuts, dropout.replay(), strict=False):
@@ -153,7 +158,8 @@ class _BlockAttention(torch.autograd.Function):
             )
             grad_key[tile.there] += from_key
             grad_value[tile.there] += from_value
-        return grad_query, grad_key, grad_value.div_(LN_2), None, None, None, None
+        grad_value.div_(LN_2)
+        return grad_query, grad_key, grad_value, grad_gate, None, None, None, None
 
 
 def _best_others(merit: Tensor, tile: _Tile, block_size: int, n_best: int) -> Tensor:
@@ -212,11 +218,13 @@ def block_attention(
     query: Tensor,
     block_key: Tensor,
     block_value: Tensor,
+    gate: Tensor,
     *,
     n_heads: int,
     block_size: int,
     n_best: int,
-    dropout: Dropout,
+    dropout: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the blocks that are finished, and name the best ones.
 
@@ -224,11 +232,13 @@ def block_attention(
         query: ``(G, L, d)``, multiplied by ``log2(e) / sqrt(d)``.
         block_key: ``(G, C, d)``.
         block_value: ``(G, C, d)``.
+        gate: ``(G, L, 1)``, not negative; weight of the result.
         n_heads: ``H``; the heads of a row of the batch follow each other in ``G``.
         block_size: Tokens ``b`` in a block.
         n_best: Blocks to choose for each query besides its own: those with the largest weight
             before dropout, summed over heads, ties to the lower block.
-        dropout: Falls on the attention weights.
+        dropout: Probability of dropping an attention weight.
+        generator: Source of the dropout; ``None`` for torch's own.
 
     Returns:
         ``(G, L, d)``, exactly 0 for a query that sees no block; and the chosen blocks,
@@ -236,4 +246,5 @@ def block_attention(
         ``n_best`` and ``C``.
     """
     attend: Callable[..., tuple[Tensor, Tensor]] = _BlockAttention.apply
-    return attend(query, block_key, block_value, n_heads, block_size, n_best, dropout)
+    drop = Dropout(dropout, generator)
+    return attend(query, block_key, block_value, gate, n_heads, block_size, n_best, drop)

@@ -31,12 +31,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_mm.ops.attention_tools import LN_2, LOG2_E, Dropout
+from recbole_mm.ops.attention_tools import (
+    LN_2,
+    LOG2_E,
+    Branch,
+    ChosenBlocks,
+    Dropout,
+    LatestKeys,
+)
 from recbole_mm.ops.block_attention import block_attention, choose_blocks
 from recbole_mm.ops.masking import masked_softmax, padding_mask
-from recbole_mm.ops.selected_attention import query_attention, query_block_attention
-from recbole_mm.ops.tiled_attention import ChosenBlocks, Keys, LatestKeys, tiled_attention
-from recbole_mm.ops.window_attention import window_attention
+from recbole_mm.ops.tiled_attention import tiled_attention
+from recbole_mm.ops.token_attention import token_attention
 
 SELECTIONS = ("query", "query_block")
 FORMS = ("auto", "dense", "sparse")
@@ -109,37 +115,42 @@ def sparse_attention(
     gates = iter(gate.reshape(B * H, L, -1, 1).unbind(-2))  # each (G, L, 1)
     n_others = 0 if n_selected_blocks is None else n_selected_blocks - 1
     sees_everything = (n_others + 1) * block_size >= L  # then there is nothing to choose
-    chosen = None
-    output = torch.zeros_like(rows[0])
-    tokens: list[tuple[Keys, Tensor]] = []  # keys that each branch over tokens sees, and its gate
+    outputs, chosen = [], None
+    tokens: list[Branch] = []  # branches over tokens
     if window_size is not None:
         tokens.append((LatestKeys(window_size), next(gates)))
     if block_key is not None and block_value is not None:
-        mixed, chosen = block_attention(
+        output, chosen = block_attention(
             rows[0],
             block_key.flatten(0, 1),
             block_value.flatten(0, 1),
+            next(gates),
             n_heads=H,
             block_size=block_size,
             n_best=n_others if selection == "query" and not sees_everything else 0,
-            dropout=Dropout(dropout, generator),
+            dropout=dropout,
+            generator=generator,
         )
-        output = torch.addcmul(output, next(gates), mixed)
+        outputs.append(output)
     if n_selected_blocks is not None and sees_everything:
         tokens.append((LatestKeys(L), next(gates)))
     elif n_selected_blocks is not None:
-        if chosen is None or selection == "query_block":
-            chosen = _choose(query, block_key, block_size, n_others, selection)
         is_shared = selection == "query_block"
-        tokens.append((ChosenBlocks(chosen, block_size, H, is_shared), next(gates)))
+        if chosen is None or is_shared:
+            chosen = _choose(query, block_key, block_size, n_others, selection)
+        tokens.append((ChosenBlocks(chosen, block_size, is_shared), next(gates)))
 
-    if form == "dense" or (form == "auto" and _dense_is_faster(L, tokens)):
-        output = output + _dense(rows, tokens, H, dropout, generator)
-    else:
-        for keys, weight in tokens:
-            mixed = _sparse(rows, keys, H, Dropout(dropout, generator))
-            output = torch.addcmul(output, weight, mixed)
-    return output.view(B, H, L, d)
+    is_dense = form == "dense" or (form == "auto" and _dense_is_faster(L, tokens))
+    wide = [branch for branch in tokens if is_dense or _is_wide(branch[0], L)]
+    narrow = [branch for branch in tokens if not (is_dense or _is_wide(branch[0], L))]
+    if wide:
+        outputs.append(_attend_to_all(rows, wide, H, dropout, generator))
+    if narrow:
+        query, key, value = rows
+        outputs.append(
+            token_attention(query, key, value, narrow, dropout=dropout, generator=generator)
+        )
+    return reduce(torch.add, outputs).view(B, H, L, d)
 
 
 def select_blocks(
@@ -179,45 +190,38 @@ def _choose(
     return choose_blocks(query[:, :, ::step], position, block_key, block_size, n_others)
 
 
-def _dense_is_faster(size: int, tokens: list[tuple[Keys, Tensor]]) -> bool:
+def _dense_is_faster(size: int, tokens: list[Branch]) -> bool:
     """Whether all earlier keys, L / 2 on average, cost less than finding the ones seen."""
     return size <= 512
 
 
-def _dense(
+def _is_wide(keys: LatestKeys | ChosenBlocks, size: int) -> bool:
+    """Whether a branch leaves out so few keys that leaving them out does not pay."""
+    return isinstance(keys, LatestKeys) and 2 * keys.window > size
+
+
+def _attend_to_all(
     rows: list[Tensor],
-    tokens: list[tuple[Keys, Tensor]],
+    branches: list[Branch],
     n_heads: int,
     dropout: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Gated sum of the branches over tokens, with masks: (G, L, d)."""
+    """Gated sum of branches over tokens, in the dense form: (G, L, d)."""
     query, key, value = rows
-    branches, gates = zip(*tokens, strict=True) if tokens else ((), ())
-    if not branches:
-        return torch.zeros_like(query)
-    if dropout == 0.0 and all(keys.is_all(query.shape[1]) for keys in branches):
+    size = query.shape[1]
+    if dropout == 0.0 and all(
+        isinstance(keys, LatestKeys) and keys.window >= size for keys, _ in branches
+    ):
         # the branches are one: plain causal attention; LN_2 takes the powers of 2 back
         mixed = F.scaled_dot_product_attention(
             query[:, None], key[:, None], value[:, None], is_causal=True, scale=LN_2
         )
-        total: Tensor = reduce(torch.add, gates)
-        return total * mixed.squeeze(1)
-    dropouts = [Dropout(dropout, generator) for _ in branches]
-    weights = torch.cat(gates, dim=-1)
-    return tiled_attention(query, key, value, weights, branches, n_heads=n_heads, dropouts=dropouts)
-
-
-def _sparse(rows: list[Tensor], keys: Keys, n_heads: int, dropout: Dropout) -> Tensor:
-    """One branch over tokens, with no work for keys that it does not see: (G, L, d)."""
-    query, key, value = rows
-    if isinstance(keys, ChosenBlocks):
-        attend = query_block_attention if keys.is_shared else query_attention
-        return attend(query, key, value, keys.chosen, keys.block_size, dropout)
-    if 2 * keys.window < query.shape[1]:
-        return window_attention(query, key, value, keys.window, dropout)
-    one = torch.ones_like(query[..., :1])  # so wide a window leaves little out
-    return tiled_attention(query, key, value, one, [keys], n_heads=n_heads, dropouts=[dropout])
+        gate: Tensor = reduce(torch.add, [gate for _, gate in branches])
+        return gate * mixed.squeeze(1)
+    return tiled_attention(
+        query, key, value, branches, n_heads=n_heads, dropout=dropout, generator=generator
+    )
 
 
 def sparse_attention_last(

@@ -21,7 +21,10 @@ from torch.autograd.function import once_differentiable
 
 from recbole_mm.ops.attention_tools import (
     LN_2,
+    Branch,
+    ChosenBlocks,
     Dropout,
+    LatestKeys,
     hidden,
     score_dtype,
     scores_of,
@@ -55,70 +58,33 @@ def _tiles(n_rows: int, n_heads: int, size: int, device: torch.device) -> Iterat
             yield _Tile(slice(row, min(n_rows, row + each)), start, stop)
 
 
-class LatestKeys:
-    """The ``window`` latest keys, the query's own included; all of them if it is at least ``L``."""
+def _first_key(keys: LatestKeys | ChosenBlocks, tile: _Tile) -> int:
+    """No query of the tile sees a key before this one."""
+    return max(0, tile.start + 1 - keys.window) if isinstance(keys, LatestKeys) else 0
 
-    def __init__(self, window: int) -> None:
-        self.window = window
 
-    def is_all(self, size: int) -> bool:
-        """Whether every earlier key among ``size`` is seen."""
-        return self.window >= size
-
-    def first_key(self, tile: _Tile) -> int:
-        """Before it, no query of the tile sees a key."""
-        return max(0, tile.start + 1 - self.window)
-
-    def hide_(self, scores: Tensor, tile: _Tile) -> None:
-        """Set scores (g, T, K) of the keys from the first one on to -inf where not seen."""
-        first = self.first_key(tile)
-        if self.window >= tile.stop:  # nothing to hide but the future
+def _hide_(keys: LatestKeys | ChosenBlocks, scores: Tensor, tile: _Tile, n_heads: int) -> None:
+    """Set scores (g, T, K) of the keys from the first one on to -inf where not seen."""
+    query = torch.arange(tile.start, tile.stop, device=scores.device)
+    if isinstance(keys, LatestKeys):
+        first = _first_key(keys, tile)
+        if keys.window >= tile.stop:  # nothing to hide but the future
             first = tile.start
-        query = torch.arange(tile.start, tile.stop, device=scores.device)[:, None]
         key = torch.arange(first, tile.stop, device=scores.device)
-        seen = (key <= query) & (key > query - self.window)
+        seen = (key <= query[:, None]) & (key > query[:, None] - keys.window)
         scores[..., first - tile.stop :] += hidden(seen, scores.dtype)
-
-
-class ChosenBlocks:
-    """The tokens, up to the query, of its own block and of the chosen ones.
-
-    ``chosen`` is int64, -1 for none: ``(B, L, m)`` for each query or, if ``is_shared``,
-    ``(B, ceil(L / b), m)`` for each block of queries.
-    """
-
-    def __init__(self, chosen: Tensor, block_size: int, n_heads: int, is_shared: bool) -> None:
-        self.chosen = chosen
-        self.block_size = block_size
-        self.n_heads = n_heads
-        self.is_shared = is_shared
-
-    def is_all(self, size: int) -> bool:
-        """Whether every earlier key among ``size`` is seen."""
-        return size <= self.block_size
-
-    def first_key(self, _: _Tile) -> int:
-        """Before it, no query of the tile sees a key."""
-        return 0
-
-    def hide_(self, scores: Tensor, tile: _Tile) -> None:
-        """Set scores (g, T, K) of the keys from the first one on to -inf where not seen."""
-        rows = slice(tile.rows.start // self.n_heads, tile.rows.stop // self.n_heads)
-        query = torch.arange(tile.start, tile.stop, device=scores.device)
-        own = query // self.block_size
-        chosen = self.chosen[rows].index_select(1, own if self.is_shared else query)  # (B, T, m)
-        own = own[:, None].expand(len(chosen), -1, 1)
-        n_blocks = -(-tile.stop // self.block_size)
-        blocks = torch.cat((own, torch.where(chosen < 0, own, chosen)), dim=-1)
-        seen = torch.zeros(*chosen.shape[:2], n_blocks, dtype=torch.bool, device=scores.device)
-        mask = hidden(seen.scatter_(2, blocks, True), scores.dtype)  # (B, T, blocks)
-        mask = mask.repeat_interleave(self.block_size, dim=-1)[..., : tile.stop]
-        future = torch.arange(tile.start, tile.stop, device=scores.device) <= query[:, None]
-        mask[..., tile.start :] += hidden(future, scores.dtype)
-        scores.view(-1, self.n_heads, *scores.shape[1:]).add_(mask[:, None])
-
-
-Keys = LatestKeys | ChosenBlocks
+        return
+    rows = slice(tile.rows.start // n_heads, tile.rows.stop // n_heads)
+    own = query // keys.block_size
+    chosen = keys.chosen[rows].index_select(1, own if keys.is_shared else query)  # (B, T, m)
+    own = own[:, None].expand(len(chosen), -1, 1)
+    blocks = torch.cat((own, torch.where(chosen < 0, own, chosen)), dim=-1)
+    n_blocks = -(-tile.stop // keys.block_size)
+    opened = torch.zeros(*chosen.shape[:2], n_blocks, dtype=torch.bool, device=scores.device)
+    mask = hidden(opened.scatter_(2, blocks, True), scores.dtype)  # (B, T, blocks)
+    mask = mask.repeat_interleave(keys.block_size, dim=-1)[..., : tile.stop]
+    mask[..., tile.start :] += hidden(query <= query[:, None], scores.dtype)
+    scores.view(-1, n_heads, *scores.shape[1:]).add_(mask[:, None])
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -130,20 +96,20 @@ class _TiledAttention(torch.autograd.Function):
         value: Tensor,
         gate: Tensor,
         n_heads: int,
-        branches: list[tuple[Keys, Dropout]],
+        branches: list[tuple[LatestKeys | ChosenBlocks, Dropout]],
     ) -> Tensor:
         G, L, _ = query.shape
         output = torch.empty_like(query)
         log_sum = query.new_empty((len(branches), G, L, 1), dtype=score_dtype(query.dtype))
         for tile in _tiles(G, n_heads, L, query.device):
-            first = min(branch.first_key(tile) for branch, _ in branches)
+            first = min(_first_key(branch, tile) for branch, _ in branches)
             keys = tile.rows, slice(first, tile.stop)
             scores = scores_of(query[tile.here], key[keys])  # (g, T, K)
             mixed = torch.zeros_like(scores)  # weights of all branches together
             for number, (branch, dropout) in enumerate(branches):
-                skip = branch.first_key(tile) - first
+                skip = _first_key(branch, tile) - first
                 own = scores[..., skip:].clone()
-                branch.hide_(own, tile)
+                _hide_(branch, own, tile, n_heads)
                 weights, total, highest = softmax_(own)
                 log_sum[number][tile.here] = total.log2().add_(highest)
                 keep = dropout.draw(weights)
@@ -166,16 +132,16 @@ class _TiledAttention(torch.autograd.Function):
         grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
         replays = [dropout.replay() for _, dropout in branches]
         for tile in _tiles(G, n_heads, L, query.device):
-            first = min(branch.first_key(tile) for branch, _ in branches)
+            first = min(_first_key(branch, tile) for branch, _ in branches)
             keys = tile.rows, slice(first, tile.stop)
             q, k, grad = query[tile.here], key[keys], grad_output[tile.here]
             scores = scores_of(q, k)  # (g, T, K)
             grad_mixed = scores_of(grad, value[keys])
             mixed, grad_scores = torch.zeros_like(scores), torch.zeros_like(scores)
             for number, (branch, dropout) in enumerate(branches):
-                skip = branch.first_key(tile) - first
+                skip = _first_key(branch, tile) - first
                 own = scores[..., skip:].clone()
-                branch.hide_(own, tile)
+                _hide_(branch, own, tile, n_heads)
                 weights = own.sub_(log_sum[number][tile.here]).exp2_()
                 keep = next(replays[number])
                 kept = weights
@@ -199,11 +165,11 @@ def tiled_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
-    branches: Sequence[Keys],
+    branches: Sequence[Branch],
     *,
     n_heads: int,
-    dropouts: Sequence[Dropout],
+    dropout: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Gated sum of attention to several sets of keys.
 
@@ -211,14 +177,15 @@ def tiled_attention(
         query: ``(G, L, d)``, multiplied by ``log2(e) / sqrt(d)``.
         key: ``(G, L, d)``.
         value: ``(G, L, d)``.
-        gate: ``(G, L, n)``, weight of each branch.
-        branches: Which keys each branch sees.
+        branches: Which keys each branch sees, and its gate.
         n_heads: ``H``; the heads of a row of the batch follow each other in ``G``.
-        dropouts: One for each branch; falls on the attention weights.
+        dropout: Probability of dropping an attention weight.
+        generator: Source of the dropout; ``None`` for torch's own.
 
     Returns:
         ``(G, L, d)``.
     """
+    gate = torch.cat([gate for _, gate in branches], dim=-1)
+    with_dropout = [(keys, Dropout(dropout, generator)) for keys, _ in branches]
     attend: Callable[..., Tensor] = _TiledAttention.apply
-    pairs = list(zip(branches, dropouts, strict=True))
-    return attend(query, key, value, gate, n_heads, pairs)
+    return attend(query, key, value, gate, n_heads, with_dropout)
