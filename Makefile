@@ -7,7 +7,7 @@ ARGS ?=
 .PHONY: run test test-slow check format bench clean
 
 run: $(VENV)/installed
-	$(BIN)/python run_recbole_mm.py --model=MUFASA $(ARGS)
+	$(BIN)/python run_recbole_mm.py --model=MUFASA $(or $(ARGS),--epochs=30)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
