@@ -1,4 +1,4 @@
-"""The override files of properties/ablation: each runs, and each changes the model it belongs to."""
+"""The override files of properties/ablation: each runs, and each changes its model."""
 
 import pytest
 import torch
