@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+# RecBole's models that give the same scores on a batch cut to its longest row (a test compares
+# them). The others read the configured length: convolutions, learned filters, low-rank maps.
+CUTS_PADDING = frozenset(
+    ("SASRec", "GRU4Rec", "NARM", "SASRecF", "GRU4RecF", "FDSA", "CORE", "SRGNN", "GCSAN")
+)
+
 
 class _WithProgress:
     """A RecBole loader that moves a progress bar; everything else is the loader's."""
@@ -63,6 +69,7 @@ class TrainerMixin:
     - ``mask_history`` means the same for sequential and for general models;
     - a non-finite loss term or score is a :class:`~recbole_mm.errors.NumericalError`;
     - each loss term is logged under its name (``loss_names`` of the model), as a mean over batches;
+    - batches of the models in :data:`CUTS_PADDING` are cut to their longest row;
     - one line an epoch on the terminal, TensorBoard in the run folder.
     """
 
@@ -106,7 +113,7 @@ class TrainerMixin:
         self._term_sums, self._n_batches = [], 0
 
         def checked(interaction: Interaction) -> Any:
-            losses = loss_of(interaction)
+            losses = loss_of(self.without_padding(interaction))
             terms = losses if isinstance(losses, tuple) else (losses,)
             values = [term.item() for term in terms]
             self._n_batches += 1
@@ -141,6 +148,17 @@ class TrainerMixin:
             self._term_sums = list(_flat(result))
         self._epoch_seconds = _since(started)
         return result
+
+    def without_padding(self, interaction: Interaction) -> Interaction:
+        """The batch cut to its longest history, if RecBole's model does not mind."""
+        if self.config["model"] not in CUTS_PADDING:
+            return interaction
+        suffix = self.config["LIST_SUFFIX"]
+        longest = max(1, int(interaction[self.config["ITEM_LIST_LENGTH_FIELD"]].max()))
+        for field, column in interaction.interaction.items():
+            if field.endswith(suffix) and column.dim() > 1:
+                interaction.interaction[field] = column[:, :longest]
+        return interaction
 
     def _loss_name(self, index: int, count: int) -> str:
         names: tuple[str, ...] = getattr(self.model, "loss_names", ())
@@ -273,7 +291,7 @@ class TrainerMixin:
         elif isinstance(self._eval_dataset, MultimodalSequentialDataset):
             history = self._eval_dataset.history(interaction)
         interaction, scores, positive_u, positive_i = super()._full_sort_batch_eval(  # type: ignore[misc]
-            (interaction, None, positive_u, positive_i)
+            (self.without_padding(interaction), None, positive_u, positive_i)
         )
         finite = torch.isfinite(scores[:, 1:])
         if not finite.all():

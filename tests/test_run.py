@@ -6,7 +6,7 @@ import torch
 import recbole_mm
 from recbole_mm.errors import InputError, NumericalError
 from recbole_mm.protocol import Protocol, assert_comparable
-from recbole_mm.trainer import trainer_class
+from recbole_mm.trainer import CUTS_PADDING, trainer_class
 
 QUICK = {"epochs": 1, "MAX_ITEM_LIST_LENGTH": 10, "show_progress": False, "train_batch_size": 256}
 
@@ -31,7 +31,6 @@ def protocol(result):
         ("LightSANs", {}),
         ("FEARec", {}),
         ("CORE", {}),
-        ("TiSASRec", {"load_col": {"inter": ["user_id", "item_id", "timestamp"]}}),
         ("SASRecF", {"selected_features": ["categories"]}),
         ("GRU4RecF", {"selected_features": ["categories"]}),
         ("FDSA", {"selected_features": ["categories"]}),
@@ -67,6 +66,18 @@ def test_masked_items_leave_the_ranking_of_a_sequential_model(build_trainer):
         past = set(interaction["item_id_list"][row, :length].tolist()) - {int(positive_i[row])}
         assert all(scores[row, item] == -torch.inf for item in past)
         assert scores[row, positive_i[row]] > -torch.inf
+
+
+@pytest.mark.parametrize("model", sorted(CUTS_PADDING))
+def test_built_in_models_do_not_mind_that_their_padding_is_cut(model, build_trainer):
+    values = {"selected_features": "[categories]"} if model.endswith("F") or model == "FDSA" else {}
+    trainer, world = build_trainer(model, MAX_ITEM_LIST_LENGTH=30, **values)
+    batch = next(iter(world.valid))[0]
+    full = world.model.full_sort_predict(batch), world.model.calculate_loss(batch)
+    cut = trainer.without_padding(batch)
+    assert cut["item_id_list"].size(1) < 30
+    short = world.model.full_sort_predict(cut), world.model.calculate_loss(cut)
+    torch.testing.assert_close(short, full, rtol=1e-4, atol=1e-5)
 
 
 def test_non_finite_scores_are_an_error_and_never_a_metric(build_trainer):
