@@ -190,14 +190,14 @@ def losses(state, features, labels, histories, targets, swapped, options):
             )
         views.append(row_views)
 
-    ranking = []
-    last_targets = []
+    columns = [torch.stack([x[m] for x in table]) for m in range(len(names))]
+    ranking, last_targets = [], []
     for user, target in zip(users, targets, strict=True):
         each = target if isinstance(target, list) else [target]
         last_targets.append(each[-1])
         for z, t in zip(user[-len(each) :], each, strict=True):
-            scores = [sum(z[m] @ x[m] for m in range(len(names))) for x in table]
-            ranking.append(torch.logsumexp(torch.stack(scores[1:]), 0) - scores[t])  # no padding
+            scores = sum(columns[m] @ z[m] for m in range(len(names)))  # Eq. (15), (N,)
+            ranking.append(scores[1:].logsumexp(0) - scores[t])  # no padding
 
     contrast = torch.zeros((), dtype=torch.float64)
     group = last_targets if options["mask_same_target"] else range(len(histories))
