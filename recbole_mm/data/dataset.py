@@ -105,6 +105,11 @@ class MultimodalDataset(Dataset):
                 f"mask_history: True is not possible for {self.config['model']}, whose data set "
                 "class keeps only the last items of a history; set mask_history: False"
             )
+        if sequential and not self._orders_by_time and not self.config["benchmark_filename"]:
+            raise InputError(
+                f"eval_args: order {self.config['eval_args']['order']!r} is not possible for the "
+                f"sequential model {self.config['model']}; use order: TO"
+            )
         super()._from_scratch()
 
     def _get_preset(self) -> None:
@@ -142,23 +147,27 @@ class MultimodalDataset(Dataset):
             )
         super()._load_data(token, dataset_path)
 
-    def _load_inter_feat(self, token: str, dataset_path: str) -> None:
-        super()._load_inter_feat(token, dataset_path)
-        wanted = {"USER_ID_FIELD": self.uid_field, "ITEM_ID_FIELD": self.iid_field}
-        if self._orders_by_time:
-            wanted["TIME_FIELD"] = self.time_field
-        columns = list(self.inter_feat)
-        for key, field in wanted.items():
-            if field not in columns and (field is not None or key == "TIME_FIELD"):
-                raise InputError(
-                    f"{token}.inter: no column {field!r} ({key}) among those read: "
-                    f"{', '.join(columns)}; add it to load_col.inter, or set {key}"
-                    f"{nearest(str(field), columns)}"
-                )
+    def _required_columns(self, source: FeatureSource | str) -> dict[str, str | None]:
+        """Columns that a file must give, by the key that names them."""
+        keys: dict[FeatureSource | str, tuple[str, ...]] = {
+            FeatureSource.INTERACTION: ("USER_ID_FIELD", "ITEM_ID_FIELD"),
+            FeatureSource.USER: ("USER_ID_FIELD",),
+            FeatureSource.ITEM: ("ITEM_ID_FIELD",),
+            FeatureSource.KG: ("HEAD_ENTITY_ID_FIELD", "RELATION_ID_FIELD", "TAIL_ENTITY_ID_FIELD"),
+            "link": ("ITEM_ID_FIELD", "ENTITY_ID_FIELD"),
+        }
+        required = {key: self.config[key] for key in keys.get(source, ())}
+        if source is FeatureSource.INTERACTION:
+            # RecBole lets a data set of contexts do without ids
+            required = {key: field for key, field in required.items() if field is not None}
+            if self._orders_by_time:
+                required["TIME_FIELD"] = self.config["TIME_FIELD"]
+        return required
 
     @property
     def _orders_by_time(self) -> bool:
-        return self.benchmark_filename_list is None and self.config["eval_args"]["order"] == "TO"
+        ready_made = self.config["benchmark_filename"] is not None
+        return not ready_made and self.config["eval_args"]["order"] == "TO"
 
     def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
         """RecBole's contract: a frame, and the properties of its fields; read by our reader."""
@@ -176,13 +185,17 @@ class MultimodalDataset(Dataset):
             if (load_col is None or field in load_col)
             and (unload_col is None or field not in unload_col)
         ]
-        if not columns and source is FeatureSource.INTERACTION:
-            raise InputError(
-                f"{filepath}: load_col.inter names none of its columns: {', '.join(header)}"
-            )
-        if not columns:
-            _LOG.warning("%s: load_col names none of its columns %s", filepath, ", ".join(header))
+        name = getattr(source, "value", source)
+        if not columns and source is not FeatureSource.INTERACTION:
+            _LOG.warning("%s: load_col.%s names none of its columns", filepath, name)
             return None
+        for key, field in self._required_columns(source).items():
+            if field not in columns:
+                raise InputError(
+                    f"{filepath}: no column {field!r} ({key}) among those to be read: "
+                    f"{', '.join(columns) or 'none'}; add it to load_col.{name}, or set {key}"
+                    f"{nearest(str(field), header)}"
+                )
         time = self.time_field if source is FeatureSource.INTERACTION else None
         if time in columns and header[time] is not FeatureType.FLOAT:
             raise InputError(
@@ -300,6 +313,21 @@ class MultimodalDataset(Dataset):
 
     def _filter_inter_by_user_or_item(self) -> None:
         """Nothing: an interaction stays, whether ``.user`` and ``.item`` know its ends or not."""
+
+    def _parse_intervals_str(self, intervals_str: Any) -> Any:
+        """As RecBole, which goes on without a filter that it cannot read."""
+        text = str(intervals_str)
+        try:
+            intervals = super()._parse_intervals_str(intervals_str)
+        except (IndexError, ValueError):
+            intervals = []
+        legible = intervals is None or len(intervals) == text.count(";") + 1
+        if not legible or any(left > right for _, left, right, _ in intervals or ()):
+            raise InputError(
+                f"{text!r} is no interval of val_interval or an *_num_interval; write for example "
+                "'[5,inf)', or '[1,3];(7,9)' for two"
+            )
+        return intervals
 
     def _filter_by_inter_num(self) -> None:
         """RecBole's k-core, on counts of integer codes."""

@@ -472,6 +472,12 @@ def test_words_for_nothing_are_ids(make):
     assert dataset.field2id_token["item_id"].tolist() == ["[PAD]", *names]
 
 
+def test_two_intervals_are_joined(make):
+    rows = [(f"u{n}", f"i{t}", t) for n in range(1, 9) for t in range(n)]
+    dataset = create_dataset(make(inter=(INTER, rows))(user_inter_num_interval="[2,3];(6,7]"))
+    assert dataset.field2id_token["user_id"].tolist() == ["[PAD]", "u2", "u3", "u7"]
+
+
 def test_filters_that_leave_nothing_are_refused_with_counts(make):
     config = make(inter=(INTER, interactions(users=5)))(
         val_interval={"timestamp": "[5,inf)"}, user_inter_num_interval="[50,inf)"
@@ -622,12 +628,43 @@ def test_missing_time_is_refused(make):
     create_dataset(config("BPR", load_col={"inter": ["user_id", "item_id"]}, eval_args=order))
 
 
-def test_missing_ids_are_refused(make):
-    config = make(inter=(INTER, interactions()))
+@pytest.mark.parametrize(
+    ("end", "columns", "key"),
+    [
+        ("inter", ["item_id", "timestamp"], "USER_ID_FIELD"),
+        ("inter", ["users"], "USER_ID_FIELD"),
+        ("item", ["color"], "ITEM_ID_FIELD"),
+        ("kg", ["head_id", "tail_id"], "RELATION_ID_FIELD"),
+        ("link", ["entity_id"], "ITEM_ID_FIELD"),
+    ],
+)
+def test_missing_ids_are_refused(knowledge, tmp_path, end, columns, key):
+    (tmp_path / "toy" / "toy.item").write_text("item_id:token\tcolor:token\ni1\tred\n")
+    with pytest.raises(InputError, match=rf"toy.{end}: .*\({key}\).*load_col.{end}"):
+        create_dataset(knowledge("KGAT", load_col={**KG["load_col"], end: columns}))
+
+
+def test_misnamed_id_is_refused_with_the_nearest(make):
     with pytest.raises(InputError, match=r"'item' \(ITEM_ID_FIELD\).*did you mean 'item_id'"):
-        create_dataset(config(ITEM_ID_FIELD="item"))
-    with pytest.raises(InputError, match="none of its columns: user_id, item_id, timestamp"):
-        create_dataset(config(load_col={"inter": ["users"]}))
+        create_dataset(make(inter=(INTER, interactions()))(ITEM_ID_FIELD="item"))
+
+
+def test_unloaded_side_file_is_no_error(make):
+    config = make(inter=(INTER, interactions()), item=("item_id:token", [("i1",)]))
+    columns = {"inter": ["user_id", "item_id", "timestamp"], "item": ["nothing"]}
+    assert create_dataset(config(load_col=columns)).item_feat is None
+
+
+@pytest.mark.parametrize("interval", ["5", "[5,inf", "[a,b]", "", "[5]", "[5,1]", "[1,2];3"])
+def test_illegible_interval_is_refused(make, interval):
+    with pytest.raises(InputError, match=r"no interval"):
+        create_dataset(make(inter=(INTER, interactions()))(user_inter_num_interval=interval))
+
+
+def test_random_order_is_refused_for_sequential_models(make):
+    split = {"split": {"LS": "valid_and_test"}, "order": "RO", "mode": "full"}
+    with pytest.raises(InputError, match="order: TO"):
+        create_dataset(make(inter=(INTER, interactions()))(eval_args=split))
 
 
 def test_missing_files_are_refused(make, tmp_path):
@@ -689,8 +726,10 @@ def test_short_histories_are_trained_on_first_and_tested_next(make, model):
 
 
 def test_data_without_a_training_row_are_refused(make):
-    with pytest.raises(InputError, match=r"no row is left to train on.*3 interactions"):
-        create_dataset(make(inter=(INTER, [(u, "i", 1) for u in "abc"]))()).build()
+    config = make(inter=(INTER, [(u, "i", 1) for u in "abc"]))
+    for objective in ("last", "all"):
+        with pytest.raises(InputError, match=r"no row is left to train on.*3 interactions"):
+            create_dataset(config(train_objective=objective)).build()
 
 
 def test_other_ways_to_leave_one_out_are_refused(make):
@@ -1032,6 +1071,10 @@ def test_categories_that_nobody_has_are_refused(make):
 def test_text_without_an_item_file_is_refused(make):
     with pytest.raises(InputError, match=r"toy.item: no such file"):
         create_dataset(make(inter=(INTER, interactions()))()).item_text("title")
+
+
+def test_no_modality_gives_no_features(catalogue):
+    assert create_dataset(catalogue()).item_features.names == ()
 
 
 def test_item_features_are_read_by_token(catalogue, tmp_path):
