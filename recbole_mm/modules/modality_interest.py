@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_mm.layers.encoder import FeedForward, TransformerEncoder
-from recbole_mm.ops.masking import masked_mean, masked_softmax
+from recbole_mm.ops.masking import masked_mean, masked_softmax, padding_mask
 from recbole_mm.ops.packing import Packing
 from recbole_mm.ops.propagation import propagate
 
@@ -240,30 +240,29 @@ class History:
     Items without the modality are left out; the others keep the positions that they had.
 
     Args:
-        item_seq: ``(B, L)`` ids, padded on the right with 0.
-        present: ``(N,)`` bool, items that have the modality, ``False`` for padding; ``None`` if
-            all have it.
+        item_seq: ``(B, L)`` ids, padded on the right with anything.
+        length: ``(B,)`` integer, real positions of each row.
+        present: ``(N,)`` bool, items that have the modality; ``None`` if all have it.
 
     Attributes:
         ids: ``(T,)`` items that have the modality, row by row.
         position: ``(T,)`` their positions in ``item_seq``.
+        length: ``(B,)`` how many each row holds.
         packing: The way to rows ``(B, L)`` of these items alone, padded on the right.
         place: ``(B, L)`` by position of ``item_seq``, the place of the last of these items up to
             there; -1 before the first.
     """
 
-    def __init__(self, item_seq: Tensor, present: Tensor | None = None) -> None:
-        kept = item_seq > 0 if present is None else present[item_seq]  # (B, L)
+    def __init__(self, item_seq: Tensor, length: Tensor, present: Tensor | None = None) -> None:
+        kept = padding_mask(length, item_seq.size(1))  # (B, L)
+        if present is not None:
+            kept = kept & present[item_seq]
         index = kept.flatten().nonzero().squeeze(1)
         self.ids = item_seq.flatten()[index]
         self.position = index % item_seq.size(1)
-        self.packing = Packing(kept.sum(1), item_seq.size(1))
+        self.length = kept.sum(1)
+        self.packing = Packing(self.length, item_seq.size(1))
         self.place = kept.cumsum(1) - 1
-
-    @property
-    def length(self) -> Tensor:
-        """How many items each row holds, ``(B,)``."""
-        return self.place[:, -1] + 1
 
 
 class ModalityInterest(nn.Module):

@@ -21,8 +21,10 @@ SEQUENCES = [[1, 2, 3, 4, 5, 6], [7], [3, 8, 8, 5], [3, 5]]
 PRESENT = torch.tensor([0, 1, 1, 0, 1, 0, 1, 1, 1], dtype=torch.bool)
 
 
-def padded(sequences, length=L):
-    return torch.tensor([row + [0] * (length - len(row)) for row in sequences])
+def padded(sequences, length=L, padding=0):
+    """Ids and lengths."""
+    ids = torch.tensor([row + [padding] * (length - len(row)) for row in sequences])
+    return ids, torch.tensor([len(row) for row in sequences])
 
 
 def vectors(dtype=torch.float64):
@@ -137,7 +139,7 @@ def test_without_a_centre_is_refused():
 
 
 def test_history_leaves_out_items_without_the_modality():
-    history = History(padded(SEQUENCES), PRESENT)
+    history = History(*padded(SEQUENCES), PRESENT)
     assert history.ids.tolist() == [1, 2, 4, 6, 7, 8, 8]
     assert history.position.tolist() == [0, 1, 3, 5, 0, 1, 2]
     assert history.length.tolist() == [4, 1, 2, 0]
@@ -147,8 +149,7 @@ def test_history_leaves_out_items_without_the_modality():
 
 def test_history_of_a_modality_that_all_items_have_is_the_sequence():
     everything = PRESENT.new_ones(N)
-    everything[0] = False
-    for history in (History(padded(SEQUENCES)), History(padded(SEQUENCES), everything)):
+    for history in (History(*padded(SEQUENCES)), History(*padded(SEQUENCES), everything)):
         assert history.ids.tolist() == [item for row in SEQUENCES for item in row]
         assert history.length.tolist() == [6, 1, 4, 2]
 
@@ -180,7 +181,7 @@ def loop(module, attention, table, present):
 @pytest.mark.parametrize("present", [None, PRESENT], ids=["all", "some"])
 def test_interest_equals_loop_reference_in_value_and_gradient(attention, n_layers, present):
     module, table = interest(attention, n_layers), vectors()
-    ours = module(History(padded(SEQUENCES), present), table)
+    ours = module(History(*padded(SEQUENCES), present), table)
     known = PRESENT.new_ones(N) if present is None else present
     theirs = loop(module, attention, table, known)
     assert_close(ours, theirs)
@@ -191,27 +192,28 @@ def test_interest_equals_loop_reference_in_value_and_gradient(attention, n_layer
 @pytest.mark.parametrize("attention", ["centres", "global", "self"])
 def test_padding_and_batch_mates_do_not_matter(attention):
     module, table = interest(attention), vectors()
-    together = module(History(padded(SEQUENCES), PRESENT), table)
+    together = module(History(*padded(SEQUENCES), PRESENT), table)
     for i, row in enumerate(SEQUENCES):
-        alone = module(History(padded([row], len(row)), PRESENT), table)
+        alone = module(History(*padded([row], len(row)), PRESENT), table)
         assert_close(alone[0], together[i])
+    assert_close(module(History(*padded(SEQUENCES, L, padding=2), PRESENT), table), together)
 
 
 @pytest.mark.parametrize("attention", ["centres", "global", "self"])
 def test_absent_items_have_no_influence(attention):
     module, table = interest(attention), vectors()
     disturbed = torch.where(PRESENT[:, None], table, torch.nan)
-    history = History(padded(SEQUENCES), PRESENT)
+    history = History(*padded(SEQUENCES), PRESENT)
     assert_close(module(history, disturbed), module(history, table))
     # items 3 and 5 may as well be other ones that are absent
     swapped = [[{3: 5, 5: 3}.get(i, i) for i in row] for row in SEQUENCES]
-    assert_close(module(History(padded(swapped), PRESENT), table), module(history, table))
+    assert_close(module(History(*padded(swapped), PRESENT), table), module(history, table))
 
 
 @pytest.mark.parametrize("attention", ["centres", "global", "self"])
 def test_a_batch_of_empty_histories_is_zero_in_value_and_gradient(attention):
     module, table = interest(attention), vectors()
-    user = module(History(padded([[3, 5], [3]]), PRESENT), table)
+    user = module(History(*padded([[3, 5], [3]]), PRESENT), table)
     assert user.shape == (2, D)
     assert user.eq(0).all()
     for gradient in torch.autograd.grad(
@@ -223,7 +225,7 @@ def test_a_batch_of_empty_histories_is_zero_in_value_and_gradient(attention):
 @pytest.mark.parametrize("attention", ["centres", "global", "self"])
 def test_every_parameter_gets_a_gradient(attention):
     module = interest(attention, dropout=0.1)
-    (module(History(padded(SEQUENCES)), vectors()) ** 3).sum().backward()
+    (module(History(*padded(SEQUENCES)), vectors()) ** 3).sum().backward()
     silent = [n for n, p in module.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
 
@@ -231,7 +233,7 @@ def test_every_parameter_gets_a_gradient(attention):
 @pytest.mark.parametrize("attention", ["centres", "global"])
 def test_dropout_falls_in_training_only(attention):
     module, table = interest(attention, dropout=0.5), vectors()
-    history = History(padded(SEQUENCES))
+    history = History(*padded(SEQUENCES))
     assert not torch.equal(module(history, table), module(history, table))
     module.eval()
     assert torch.equal(module(history, table), module(history, table))
@@ -239,16 +241,16 @@ def test_dropout_falls_in_training_only(attention):
 
 def test_states_of_self_equal_the_last_state_of_every_prefix():
     module, table = interest("self"), vectors()
-    states = module.states(History(padded(SEQUENCES), PRESENT), table)
+    states = module.states(History(*padded(SEQUENCES), PRESENT), table)
     for i, row in enumerate(SEQUENCES):
         for n in range(1, len(row) + 1):
-            prefix = module(History(padded([row[:n]]), PRESENT), table)
+            prefix = module(History(*padded([row[:n]]), PRESENT), table)
             assert_close(states[i, n - 1], prefix[0])
 
 
 def test_centres_have_no_state_at_other_positions():
     with pytest.raises(ValueError, match="use interest_attention: self"):
-        interest("centres").states(History(padded(SEQUENCES)), vectors())
+        interest("centres").states(History(*padded(SEQUENCES)), vectors())
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ def histories(users, items):
     return by_user
 
 
-def co_occurrence(users, items, n_items, window):
-    """Number of users in whose history i and j stand at most ``window`` places apart."""
-    counts = torch.zeros(n_items, n_items, dtype=torch.float64)
+def co_occurrence(users, items, window):
+    """Number of users in whose history i and j stand at most ``window`` places apart, by (i, j)."""
+    counts = defaultdict(int)
     for history in histories(users, items).values():
         pairs = set()
         for a in range(len(history)):
@@ -29,22 +29,21 @@ def co_occurrence(users, items, n_items, window):
                 if history[a] != history[b]:
                     pairs.add((history[a], history[b]))
                     pairs.add((history[b], history[a]))
-        for i, j in pairs:
-            counts[i, j] += 1
+        for pair in pairs:
+            counts[pair] += 1
     return counts
 
 
 def behaviour_graph(users, items, n_items, window, top_k):
-    counts = co_occurrence(users, items, n_items, window)
-    n_users = [sum(i in h for h in histories(users, items).values()) for i in range(n_items)]
-    graph = torch.zeros_like(counts)
+    counts = co_occurrence(users, items, window)
+    known = [set(history) for history in histories(users, items).values()]
+    n_users = [sum(i in history for history in known) for i in range(n_items)]
+    rows = []
     for i in range(n_items):
-        found = [j for j in range(n_items) if counts[i, j] > 0]
-        found.sort(key=lambda j, i=i: (-counts[i, j].item(), n_users[j], j))
-        total = sum(counts[i, j] for j in found[:top_k])
-        for j in found[:top_k]:
-            graph[i, j] = counts[i, j] / total
-    return graph
+        found = [(-counts[i, j], n_users[j], j) for j in range(n_items) if (i, j) in counts]
+        kept = {j: -count for count, _, j in sorted(found)[:top_k]}
+        rows.append([kept.get(j, 0) / max(1, sum(kept.values())) for j in range(n_items)])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def unit(f):
@@ -105,7 +104,7 @@ def modal_graph(vectors, items, behaviour, relation_graph, k, beta):
 
 def propagate(graph, x, n_layers):
     for _ in range(n_layers):
-        x = torch.stack([sum(graph[i, j] * x[j] for j in range(len(x))) for i in range(len(graph))])
+        x = torch.stack([row @ x for row in graph])
     return x
 
 
