@@ -14,7 +14,7 @@ from recbole.config import Config as RecBoleConfig
 from recbole.utils import ModelType, argument_list
 
 from recbole_mm import compat, config_rules
-from recbole_mm.errors import InputError, RecboleMMError
+from recbole_mm.errors import InputError, RecboleMMError, nearest
 from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model
 
 _HERE = Path(__file__).resolve().parent
@@ -241,7 +241,7 @@ class Config(RecBoleConfig):
                 raise InputError(
                     f"no data set {self.dataset!r}: looked for {folder / name}; "
                     f"data sets below {above}: {', '.join(found) or 'none'}"
-                    f"{config_rules.nearest(self.dataset, found)}; set data_path to the "
+                    f"{nearest(self.dataset, found)}; set data_path to the "
                     f"folder that holds {self.dataset}/"
                 )
 

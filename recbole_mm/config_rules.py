@@ -6,13 +6,12 @@ it was set and the mend, and none reads data.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recbole.evaluator.register import metric_types
 
-from recbole_mm.errors import InputError
+from recbole_mm.errors import InputError, nearest
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 
@@ -40,13 +39,6 @@ _FLEXIBLE: dict[str, tuple[type, ...]] = {
 }
 
 _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the most similar known name, else an empty string."""
-    by_lower = {candidate.lower(): candidate for candidate in sorted(known)}
-    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""
 
 
 def check_known(key: str, source: str, known: Iterable[str]) -> None:

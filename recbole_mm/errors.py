@@ -5,6 +5,9 @@ A message names what was found (file, line or row, field, value) and the mend.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class RecboleMMError(Exception):
     """Base of all errors raised on purpose; ``exit_code`` is that of the command line."""
@@ -28,3 +31,10 @@ class NumericalError(RecboleMMError, ArithmeticError):
     """A loss, gradient or score stopped being finite (exit code 4)."""
 
     exit_code = 4
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the most similar known name, else an empty string."""
+    by_lower = {candidate.lower(): candidate for candidate in sorted(known)}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[near[0]]!r}?" if near else ""

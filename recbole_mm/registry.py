@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 
 import recbole
 
 from recbole_mm import compat
-from recbole_mm.errors import InputError
+from recbole_mm.errors import InputError, nearest
 from recbole_mm.models.mufasa import MUFASA
 from recbole_mm.models.sasrec import SASRecFast, SASRecMM
 
@@ -43,8 +42,7 @@ def get_model(name: str) -> type:
     model = compat.import_model(name)
     if model is None:
         names = model_names()
-        by_lower = {known.lower(): known for known in names}
-        near = difflib.get_close_matches(name.lower(), by_lower, n=1)
-        hint = f"did you mean {by_lower[near[0]]!r}? " if near else ""
-        raise InputError(f"unknown model {name!r}; {hint}known models: {', '.join(names)}")
+        raise InputError(
+            f"unknown model {name!r}{nearest(name, names)}; known models: {', '.join(names)}"
+        )
     return model

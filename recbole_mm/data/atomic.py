@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import codecs
 import csv
-import difflib
 import io
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from recbole.utils.enum_type import FeatureType
 
-from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.errors import EnvironmentFault, InputError, nearest
 
 _BLOCK = 1 << 23  # bytes that are scanned at a time
 _TYPES = {kind.value: kind for kind in FeatureType}
@@ -54,12 +53,6 @@ class AtomicTable:
     frame: pd.DataFrame
     types: dict[str, FeatureType]
     dropped: int = 0
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the most similar known name, else an empty string."""
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def read_header(

@@ -34,13 +34,13 @@ from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
 from torch import Tensor
 
-from recbole_mm.data.atomic import AtomicTable, nearest, read_atomic, read_header
+from recbole_mm.data.atomic import AtomicTable, read_atomic, read_header
 from recbole_mm.data.categories import CategoryTable
 from recbole_mm.data.derive import resolve_declarations
 from recbole_mm.data.features import FeatureTable, load_features
 from recbole_mm.data.report import DataReport, FilterStep, PartCount
 from recbole_mm.data.sequences import Histories, SequenceRows, ranges
-from recbole_mm.errors import InputError
+from recbole_mm.errors import InputError, nearest
 
 _LOG = logging.getLogger(__name__)
 

@@ -49,10 +49,10 @@ from sklearn.feature_extraction.text import TfidfTransformer, TfidfVectorizer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from recbole_mm.data.atomic import nearest, read_atomic
+from recbole_mm.data.atomic import read_atomic
 from recbole_mm.data.feature_files import read_features, save_features, sha256_of
 from recbole_mm.data.movielens import is_misnumbered_link, translated_link
-from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.errors import EnvironmentFault, InputError, nearest
 
 logger = logging.getLogger(__name__)
 

@@ -33,8 +33,8 @@ import torch
 from recbole.utils.enum_type import FeatureType
 from torch import Tensor
 
-from recbole_mm.data.atomic import nearest, read_atomic, read_header
-from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.data.atomic import read_atomic, read_header
+from recbole_mm.errors import EnvironmentFault, InputError, nearest
 
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)  # kept as they are on disk
 CHUNK_NUMBERS = 1 << 22  # numbers converted, checked or written at a time: 16 MiB of float32

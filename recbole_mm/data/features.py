@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recbole_mm.data.atomic import nearest
 from recbole_mm.data.feature_files import (
     TABLE_KINDS,
     FeatureFile,
@@ -28,7 +27,7 @@ from recbole_mm.data.feature_files import (
     sha256_of,
     stamp_of,
 )
-from recbole_mm.errors import InputError
+from recbole_mm.errors import InputError, nearest
 
 logger = logging.getLogger(__name__)
 
