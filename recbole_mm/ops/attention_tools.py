@@ -25,15 +25,8 @@ LN_2 = math.log(2.0)
 
 
 @dataclass(frozen=True)
-class LatestKeys:
-    """A branch that sees the ``window`` latest keys, the query's own included."""
-
-    window: int
-
-
-@dataclass(frozen=True)
 class ChosenBlocks:
-    """A branch that sees the tokens, up to the query, of its own block and of some chosen ones.
+    """What selection sees: the tokens, up to the query, of its own block and of chosen ones.
 
     Attributes:
         chosen: int64. ``(B, L, m)`` for each query, -1 for none; or, if shared, ``(B, N, m)`` for
@@ -47,8 +40,6 @@ class ChosenBlocks:
     block_size: int
     is_shared: bool
 
-
-Branch = tuple[LatestKeys | ChosenBlocks, Tensor]  # keys seen, and gate (G, L, 1), not negative
 
 _LEVELS = 1 << 16  # dropout compares 16 random bits
 

@@ -25,27 +25,21 @@ selected blocks, G branches in use.
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_mm.ops.attention_tools import (
-    LN_2,
-    LOG2_E,
-    Branch,
-    ChosenBlocks,
-    Dropout,
-    LatestKeys,
-)
+from recbole_mm.ops.attention_tools import LN_2, LOG2_E, ChosenBlocks, Dropout
 from recbole_mm.ops.block_attention import block_attention, choose_blocks
 from recbole_mm.ops.masking import masked_softmax, padding_mask
-from recbole_mm.ops.tiled_attention import tiled_attention
 from recbole_mm.ops.token_attention import token_attention
 
 SELECTIONS = ("query", "query_block")
 FORMS = ("auto", "dense", "sparse")
+
+_DENSE_BELOW = 512  # positions up to which the dense form is the faster one; measured
 
 
 def sparse_attention(
@@ -111,45 +105,36 @@ def sparse_attention(
 
     # from here on rows (G, L, d), G = B H, and softmax by powers of 2
     query = query * (LOG2_E * d**-0.5)
-    rows = [x.reshape(B * H, L, d) for x in (query, key, value)]
+    q, k, v = (x.reshape(B * H, L, d) for x in (query, key, value))
     gates = iter(gate.reshape(B * H, L, -1, 1).unbind(-2))  # each (G, L, 1)
     n_others = 0 if n_selected_blocks is None else n_selected_blocks - 1
-    sees_everything = (n_others + 1) * block_size >= L  # then there is nothing to choose
-    outputs, chosen = [], None
-    tokens: list[Branch] = []  # branches over tokens
-    if window_size is not None:
-        tokens.append((LatestKeys(window_size), next(gates)))
+    sees_all = (n_others + 1) * block_size >= L  # then there is nothing to choose
+    is_shared = selection == "query_block"
+    outputs = []
+    window = None if window_size is None else (window_size, next(gates))
+    chosen = None
     if block_key is not None and block_value is not None:
-        output, chosen = block_attention(
-            rows[0],
+        mixed, chosen = block_attention(
+            q,
             block_key.flatten(0, 1),
             block_value.flatten(0, 1),
             next(gates),
             n_heads=H,
             block_size=block_size,
-            n_best=n_others if selection == "query" and not sees_everything else 0,
+            n_best=0 if is_shared or sees_all else n_others,
             dropout=dropout,
             generator=generator,
         )
-        outputs.append(output)
-    if n_selected_blocks is not None and sees_everything:
-        tokens.append((LatestKeys(L), next(gates)))
+        outputs.append(mixed)
+    selected = None
+    if n_selected_blocks is not None and sees_all:  # as one block, everyone's own
+        chosen = torch.empty(B, 1, 0, dtype=torch.int64, device=query.device)
+        selected = ChosenBlocks(chosen, L, is_shared=True), next(gates)
     elif n_selected_blocks is not None:
-        is_shared = selection == "query_block"
         if chosen is None or is_shared:
             chosen = _choose(query, block_key, block_size, n_others, selection)
-        tokens.append((ChosenBlocks(chosen, block_size, is_shared), next(gates)))
-
-    is_dense = form == "dense" or (form == "auto" and _dense_is_faster(L, tokens))
-    wide = [branch for branch in tokens if is_dense or _is_wide(branch[0], L)]
-    narrow = [branch for branch in tokens if not (is_dense or _is_wide(branch[0], L))]
-    if wide:
-        outputs.append(_attend_to_all(rows, wide, H, dropout, generator))
-    if narrow:
-        query, key, value = rows
-        outputs.append(
-            token_attention(query, key, value, narrow, dropout=dropout, generator=generator)
-        )
+        selected = ChosenBlocks(chosen, block_size, is_shared), next(gates)
+    outputs += _attend_to_tokens((q, k, v), window, selected, H, form, dropout, generator)
     return reduce(torch.add, outputs).view(B, H, L, d)
 
 
@@ -190,38 +175,43 @@ def _choose(
     return choose_blocks(query[:, :, ::step], position, block_key, block_size, n_others)
 
 
-def _dense_is_faster(size: int, tokens: list[Branch]) -> bool:
-    """Whether all earlier keys, L / 2 on average, cost less than finding the ones seen."""
-    return size <= 512
-
-
-def _is_wide(keys: LatestKeys | ChosenBlocks, size: int) -> bool:
-    """Whether a branch leaves out so few keys that leaving them out does not pay."""
-    return isinstance(keys, LatestKeys) and 2 * keys.window > size
-
-
-def _attend_to_all(
-    rows: list[Tensor],
-    branches: list[Branch],
+def _attend_to_tokens(
+    vectors: tuple[Tensor, Tensor, Tensor],
+    window: tuple[int, Tensor] | None,
+    selected: tuple[ChosenBlocks, Tensor] | None,
     n_heads: int,
+    form: str,
     dropout: float,
     generator: torch.Generator | None,
-) -> Tensor:
-    """Gated sum of branches over tokens, in the dense form: (G, L, d)."""
-    query, key, value = rows
-    size = query.shape[1]
-    if dropout == 0.0 and all(
-        isinstance(keys, LatestKeys) and keys.window >= size for keys, _ in branches
-    ):
-        # the branches are one: plain causal attention; LN_2 takes the powers of 2 back
-        mixed = F.scaled_dot_product_attention(
-            query[:, None], key[:, None], value[:, None], is_causal=True, scale=LN_2
-        )
-        gate: Tensor = reduce(torch.add, [gate for _, gate in branches])
-        return gate * mixed.squeeze(1)
-    return tiled_attention(
-        query, key, value, branches, n_heads=n_heads, dropout=dropout, generator=generator
+) -> list[Tensor]:
+    """Outputs (G, L, d) whose sum is that of the branches over tokens."""
+    size = vectors[0].shape[1]
+    attend = partial(
+        token_attention, *vectors, n_heads=n_heads, dropout=dropout, generator=generator
     )
+    gates = [branch[1] for branch in (window, selected) if branch is not None]
+    window_sees_all = window is None or window[0] >= size
+    selected_sees_all = selected is None or selected[0].block_size >= size
+    if window_sees_all and selected_sees_all:  # plain causal attention, once for both
+        if not gates:
+            return []
+        gate: Tensor = reduce(torch.add, gates)
+        if dropout > 0.0:
+            return [attend(window=(size, gate), selection=None, is_dense=True)]
+        q, k, v = (x[:, None] for x in vectors)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=LN_2)
+        return [gate * mixed.squeeze(1)]
+
+    is_dense = form == "dense" or (form == "auto" and size <= _DENSE_BELOW)
+    dense_window = is_dense or (window is not None and 2 * window[0] > size)
+    dense_selected = is_dense or selected_sees_all
+    if dense_window == dense_selected or len(gates) == 1:
+        one = dense_selected if window is None else dense_window
+        return [attend(window=window, selection=selected, is_dense=one)]
+    return [
+        attend(window=window, selection=None, is_dense=dense_window),
+        attend(window=None, selection=selected, is_dense=dense_selected),
+    ]
 
 
 def sparse_attention_last(
