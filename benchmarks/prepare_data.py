@@ -51,10 +51,11 @@ def main() -> None:
         sides = ["ours"] if options.skip_recbole else ["recbole", "ours"]
         found = {who: in_fresh_process(who, Path(folder) / "big", options) for who in sides}
     print(f"{options.rows} rows, {options.users} users, {options.items} items, L {options.length}")
-    print(f"{'':24}" + "".join(f"{who:>12}" for who in found) + f"{'ratio':>10}")
+    heads = [*found, "ratio"] if len(found) > 1 else list(found)
+    print(f"{'':24}" + "".join(f"{head:>12}" for head in heads))
     for row in (*STEPS, "CPU seconds", "peak MB", "CPU ms per batch"):
         values = [result[row] for result in found.values()]
-        ratio = f"{values[0] / values[-1]:10.1f}" if len(values) > 1 else ""
+        ratio = f"{values[0] / values[-1]:12.1f}" if len(values) > 1 else ""
         print(f"{row:24}" + "".join(f"{value:12.2f}" for value in values) + ratio)
 
 
