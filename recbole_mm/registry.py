@@ -8,10 +8,14 @@ import recbole
 
 from recbole_mm import compat
 from recbole_mm.errors import InputError, nearest
+from recbole_mm.models.cammsr import CAMMSR
+from recbole_mm.models.mdsrec import MDSRec
 from recbole_mm.models.mufasa import MUFASA
 from recbole_mm.models.sasrec import SASRecFast, SASRecMM
 
-MODELS: dict[str, type] = {cls.__name__: cls for cls in (MUFASA, SASRecFast, SASRecMM)}
+MODELS: dict[str, type] = {
+    cls.__name__: cls for cls in (MUFASA, CAMMSR, MDSRec, SASRecFast, SASRecMM)
+}
 
 RECBOLE_PROPERTIES = Path(recbole.__file__).parent / "properties"
 

@@ -719,6 +719,19 @@ class MultimodalSequentialDataset(MultimodalDataset, SequentialDataset):
             value_field,
         )
 
+    def training_interactions(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Users and items of this part's interactions, by user and, within a user, exact time.
+
+        Of a training part these are the true histories, each interaction once, however many
+        prefix rows or windows repeat it; nothing of validation or test is among them.
+
+        Returns:
+            Two arrays of internal ids, of the same length.
+        """
+        columns = self.inter_feat.source.columns
+        rows = torch.sort(self.inter_feat.interactions()).values
+        return columns[self.uid_field][rows].numpy(), columns[self.iid_field][rows].numpy()
+
     def counter(self, field: str) -> Counter[Any]:
         """How often each id of a token field is a target."""
         feat = self.inter_feat

@@ -18,6 +18,7 @@ every_objective = pytest.mark.parametrize("objective", ["all", "last"])
 # keys that wiring above the models reads: RecBole's base class and loaders, our trainer and config
 BASE = {"USER_ID_FIELD", "ITEM_ID_FIELD", "LIST_SUFFIX", "ITEM_LIST_LENGTH_FIELD", "NEG_PREFIX"}
 BASE |= {"MAX_ITEM_LIST_LENGTH", "device", "train_objective", "category_field"}
+BASE |= {"feature_cache_dir"}
 WIRING = {"train_batch_size", "train_neg_sample_args", "MAX_ITEM_LIST_LENGTH", "train_objective"}
 WIRING |= {"mfl_pretrain_epochs", "freeze_mfl", "category_field"}
 
