@@ -10,10 +10,10 @@ run: $(VENV)/installed
 	$(BIN)/python run_recbole_mm.py --model=MUFASA $(or $(ARGS),--epochs=30)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n auto -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -n auto -m slow $(ARGS)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff check .

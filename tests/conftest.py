@@ -20,6 +20,7 @@ def _cache_of_its_own(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # tensors of a test are small, and the suite has its own processes
 
 
 @pytest.fixture
