@@ -7,7 +7,7 @@ ARGS ?=
 .PHONY: run test test-slow check format bench clean
 
 run: $(VENV)/installed
-	$(BIN)/python run_recbole_mm.py --model=MUFASA $(or $(ARGS),--epochs=30)
+	$(BIN)/python run_recbole_mm.py --model=MUFASA $(or $(ARGS),--epochs=20)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -n auto -m "not slow" $(ARGS)
