@@ -64,7 +64,8 @@ class _SymmetricProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, _product(*ctx.saved_tensors, grad)
+        crow, col, weight = ctx.saved_tensors
+        return None, None, None, _product(crow, col, weight, grad)
 
 
 def _product(crow: Tensor, col: Tensor, weight: Tensor, x: Tensor) -> Tensor:
