@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from recbole_mm.ops.attention_tools import ChosenBlocks, gather_blocks, hidden, tile_scores, tiles
+from recbole_mm.ops.attention_tools import ChosenBlocks, gather_blocks, hidden, n_fitting, tiles
 
 _RUN = 64  # queries of a tile of a prefix; measured
 
@@ -176,7 +176,7 @@ class Prefix:
             reach = 0 if self.window is None else max(0, start + 1 - self.window)
             first_key = 0 if self.selection is not None else reach
             n_scores = self.n_heads * (stop - start) * (stop - first_key)
-            each = self.n_heads * max(1, tile_scores(self.device) // n_scores)
+            each = self.n_heads * n_fitting(n_scores, self.device)
             for row in range(0, n_rows, each):
                 yield Tile(
                     entries=slice(row, min(n_rows, row + each)),

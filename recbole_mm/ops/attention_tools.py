@@ -49,9 +49,14 @@ def tile_scores(device: torch.device) -> int:
     return 1 << 18 if device.type == "cpu" else 1 << 25
 
 
+def n_fitting(scores_each: int, device: torch.device) -> int:
+    """How many things of so many scores fit a tile, one at least."""
+    return max(1, tile_scores(device) // max(1, scores_each))
+
+
 def tiles(total: int, scores_each: int, device: torch.device) -> Iterator[slice]:
-    """Cut ``total`` things, of ``scores_each`` scores, into runs of :func:`tile_scores`."""
-    step = max(1, tile_scores(device) // max(1, scores_each))
+    """Cut ``total`` things, of ``scores_each`` scores, into runs that fit a tile."""
+    step = n_fitting(scores_each, device)
     return (slice(start, min(start + step, total)) for start in range(0, total, step))
 
 

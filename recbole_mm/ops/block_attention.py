@@ -27,11 +27,11 @@ from recbole_mm.ops.attention_tools import (
     best_blocks,
     hidden,
     mix,
+    n_fitting,
     score_dtype,
     scores_of,
     softmax_,
     tile_gradients,
-    tile_scores,
     tiles,
 )
 from recbole_mm.ops.masking import masked_softmax
@@ -68,9 +68,9 @@ def _tiles(
     # A tile computes the triangle above its last stretches in vain: many tiles waste little, few
     # tiles have little overhead. Measured: the best number grows with the root of the length.
     step = math.isqrt(2 * n_stretches) + 1
-    budget = tile_scores(device)
-    step = max(1, min(step, budget // (n_heads * block_size * n_blocks)))
-    n_rows_each = n_heads * max(1, budget // (n_heads * step * block_size * n_blocks))
+    n_scores = n_heads * block_size * n_blocks  # of a stretch, at most
+    step = min(step, n_fitting(n_scores, device))
+    n_rows_each = n_heads * n_fitting(step * n_scores, device)
     for row in range(0, n_rows, n_rows_each):
         for first in range(0, n_stretches, step):
             count = min(step, n_stretches - first)

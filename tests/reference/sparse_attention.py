@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from tests.reference import encoder
+
 
 def attend(query, keys, values):
     """Softmax attention of one query over a list of keys; zero over none."""
@@ -90,3 +92,87 @@ def sparse_attention(
             heads.append(sum(weighted, start=torch.zeros_like(q[h, j])))
         rows.append(torch.stack(heads))
     return torch.stack(rows, dim=1)
+
+
+def choice_margin(j, q, block_key, b, n, selection):
+    """How far query j is from choosing otherwise: least merit chosen less most merit left."""
+    own = j // b
+    merit = block_merit(j if selection == "query" else own * b, q, block_key, b)
+    values = sorted((merit[c] for c in merit if c != own), reverse=True)
+    return math.inf if len(values) < n or n == 1 else values[n - 2] - values[n - 1]
+
+
+def block_vectors(state, x, b, n_heads, compression, block_evolution):
+    """Vector of each finished block of x (L, D), after it attended to the earlier ones."""
+    vectors = []
+    for c in range(len(x) // b):
+        tokens = [x[c * b + t] for t in range(b)]
+        vector = sum(tokens) / b
+        if compression == "mlp":
+            inner = [
+                encoder.gelu(
+                    encoder.linear(
+                        state, "compress.dense_1", token + state["compress.place.weight"][t]
+                    )
+                )
+                for t, token in enumerate(tokens)
+            ]
+            vector = vector + encoder.linear(state, "compress.dense_2", sum(inner) / b)
+        vectors.append(vector)
+    if block_evolution:
+        return [
+            encoder.attention(state, "evolve", c, vectors, range(c + 1), n_heads, 1e-12)
+            for c in range(len(vectors))
+        ]
+    return vectors
+
+
+def layer(
+    state,
+    x,
+    length,
+    *,
+    n_heads,
+    offset,
+    window_size,
+    block_size,
+    n_selected_blocks,
+    selection,
+    compression,
+    block_evolution,
+):
+    """One SAL attention layer over x (L, D), all branches on, without dropout: (length, D)."""
+    x = x[:length]  # causal, and no unfinished block is seen: padding cannot matter
+
+    def heads(name, vectors):
+        bias = state.get(f"{name}.bias", 0.0)
+        rows = [state[f"{name}.weight"] @ vector + bias for vector in vectors]
+        width = len(state[f"{name}.weight"]) // n_heads
+        stacked = torch.stack(rows) if rows else x.new_zeros(0, n_heads * width)
+        return stacked.view(len(rows), n_heads, width).transpose(0, 1)  # (H, L, d)
+
+    blocks = block_vectors(state, x, block_size, n_heads, compression, block_evolution)
+    mixed = sparse_attention(
+        heads("query", x),
+        heads("key", x),
+        heads("value", x),
+        torch.sigmoid(heads("gate", x) + torch.tensor(offset, dtype=x.dtype)),
+        length,
+        block_size=block_size,
+        window_size=window_size,
+        block_key=heads("key", blocks),
+        block_value=heads("value", blocks),
+        n_selected_blocks=n_selected_blocks,
+        selection=selection,
+    )  # (H, L, d)
+    return torch.stack(
+        [
+            encoder.layer_norm(
+                x[j] + encoder.linear(state, "dense", mixed[:, j].flatten()),
+                state["LayerNorm.weight"],
+                state["LayerNorm.bias"],
+                1e-12,
+            )
+            for j in range(length)
+        ]
+    )
