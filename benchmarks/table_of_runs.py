@@ -41,7 +41,7 @@ def row(run: dict) -> list:
     return [
         result["model"],
         config["MAX_ITEM_LIST_LENGTH"],
-        config["train_objective"],
+        f"{config['train_objective']}, {config['train_batch_size']}",
         ", ".join(m["name"] for m in result["data"]["modalities"]) or "ids",
         config["seed"],
         f"{result['best_epoch'] + 1} of {result['epochs']}",
