@@ -99,6 +99,7 @@ def sparse_attention(
     if form not in FORMS:
         raise ValueError(f"form: {form!r} is unknown; use one of {', '.join(FORMS)}")
     B, H, L, d = query.shape
+    gate = gate.to(query.dtype)  # autocast leaves gates in float32
     query, key, value, gate = _without_padding(length, query, key, value, gate)
     if block_key is not None:
         (block_key,) = _without_padding(length // block_size, block_key)
@@ -268,7 +269,7 @@ def sparse_attention_last(
     H, L, d = key.shape[1:]
     scale = d**-0.5
     last = length - 1  # (B,)
-    gates = iter(gate.unsqueeze(-1).unbind(-2))  # each (B, H, 1, 1)
+    gates = iter(gate.to(query.dtype).unsqueeze(-1).unbind(-2))  # each (B, H, 1, 1)
     output = torch.zeros_like(query)
 
     def attend(keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
