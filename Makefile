@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+# which of benchmarks/*.py `make bench` runs
+NAME ?= prepare_data
 
 .PHONY: run test test-slow check format bench clean
 
@@ -26,7 +28,7 @@ format: $(VENV)/installed-check
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sparse_attention.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$(NAME).py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
