@@ -147,9 +147,8 @@ class CAMMSR(MultimodalSequentialRecommender):
         )
 
         # constants; none of them is saved
-        present = torch.ones(self.n_items, 1, dtype=torch.bool)
-        present = torch.cat([present, features.present], dim=1)
-        present[0] = False  # padding
+        has_id = torch.ones(self.n_items, 1, dtype=torch.bool)
+        present = torch.cat([has_id, features.present], dim=1)
         self.register_buffer("present", present, persistent=False)  # (N, M)
         self.register_buffer("categories", categories, persistent=False)  # (N, C)
         self.register_buffer("pairs", pairs, persistent=False)  # (2, P)

@@ -10,6 +10,7 @@ import yaml
 from recbole.data.interaction import Interaction
 from torch.testing import assert_close
 
+import recbole_mm
 from recbole_mm.config import PROPERTIES, Config
 from recbole_mm.errors import InputError
 from recbole_mm.models.cammsr import CAMMSR
@@ -449,3 +450,28 @@ def test_an_impossible_value_is_refused_by_name(values, message):
         dataset = build(CAMMSR, category_guided=False, category_field=None).train._dataset
     with pytest.raises(InputError, match=message):
         CAMMSR(config, dataset)
+
+
+# ------------------------------------------------------------------ a world with a known answer
+
+
+def hit3(**values):
+    training = {
+        **CAUSAL,
+        "learning_rate": 0.003,
+        "epochs": 40,
+        "stopping_step": 10,
+        "hidden_size": 32,
+        "inner_size": 64,
+        "attn_dropout_prob": 0.2,
+        "topk": [3, 10],
+    }
+    values = {**SMALL, **training, "train_batch_size": 32, **values}
+    return recbole_mm.run(CAMMSR, "tiny", config_dict=values, saved=False)["test_result"]["hit@3"]
+
+
+@pytest.mark.slow
+def test_features_connect_items_that_differ_in_id_only():
+    with_features = hit3()
+    assert with_features > 0.55
+    assert with_features > hit3(modalities=[]) + 0.1
