@@ -62,7 +62,7 @@ def main() -> None:
     header = [
         "model",
         "L",
-        "objective",
+        "objective, batch",
         "reads",
         "seed",
         "best epoch",
