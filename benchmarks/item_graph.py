@@ -1,0 +1,157 @@
+"""Time and memory of the item graphs of MDSRec, by number of items.
+
+    PYTHONPATH=. nice python benchmarks/item_graph.py [--items 10000 30000 100000] [--width 512]
+
+Random features in clusters and random histories; every size runs in a process of its own, and one
+markdown table is printed. A size is refused unless the neighbours of 200 items equal those of a
+search in float64, and the counts of 200 items those of a loop over the histories.
+
+Seconds are of the wall and of the processor (all threads), imports excluded. Memory is the largest
+resident set of the process, and how much of it was there before (the imports, the features).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+K = 10
+WINDOW = 3
+HISTORY = 8  # items of a history on average, as in Amazon's 5-core sets
+USERS_PER_ITEM = 2
+CHECKED = 200
+
+
+def features(n_items: int, width: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    cluster = rng.standard_normal((n_items // 50 + 1, width), dtype=np.float32)
+    vectors = rng.standard_normal((n_items, width), dtype=np.float32)
+    vectors += cluster[rng.integers(0, len(cluster), n_items)]
+    vectors[0] = 0
+    return vectors
+
+
+def interactions(n_items: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(1)
+    length = rng.integers(2, 2 * HISTORY - 1, n_items * USERS_PER_ITEM)
+    users = np.repeat(np.arange(len(length)), length)
+    popular = (n_items - 1) * rng.random(len(users)) ** 2
+    return users, 1 + popular.astype(np.int64)
+
+
+def peak_mb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def timed(build):
+    wall, cpu = time.perf_counter(), time.process_time()
+    built = build()
+    return built, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def check_neighbours(graph, vectors: np.ndarray) -> None:
+    """Cosines of a sample equal the best of a search in float64, up to float32."""
+    sample = np.random.default_rng(2).integers(1, len(vectors), CHECKED)
+    length = np.sqrt(np.einsum("nf,nf->n", vectors, vectors, dtype=np.float64))
+    length[0] = 1
+    for start in range(0, CHECKED, 20):
+        part = sample[start : start + 20]
+        cosine = vectors[part].astype(np.float64) @ vectors.T.astype(np.float64)
+        cosine /= length[part, None] * length
+        cosine[np.arange(len(part)), part] = -np.inf
+        best = -np.sort(-cosine, axis=1)[:, :K]
+        for row, item in zip(best, part, strict=True):
+            found = -np.sort(-graph[item].data)
+            np.testing.assert_allclose(found, row, atol=1e-5)
+
+
+def check_counts(graph, users: np.ndarray, items: np.ndarray) -> None:
+    """Neighbours of a sample have the largest numbers of users."""
+    histories = defaultdict(list)
+    for user, item in zip(users.tolist(), items.tolist(), strict=True):
+        histories[user].append(item)
+    sample = set(np.random.default_rng(3).integers(1, graph.shape[0], CHECKED).tolist())
+    counts: dict[int, Counter[int]] = defaultdict(Counter)
+    for history in histories.values():
+        pairs = set()
+        for i, item in enumerate(history):
+            if item in sample:
+                near = history[max(0, i - WINDOW) : i + WINDOW + 1]
+                pairs |= {(item, other) for other in near if other != item}
+        for item, other in pairs:
+            counts[item][other] += 1
+    for item in sample:
+        best = np.array([n for _, n in counts[item].most_common(K)], np.float64)
+        found = -np.sort(-graph[item].data)
+        np.testing.assert_allclose(found, best / best.sum(), rtol=1e-5)
+
+
+def measure(n_items: int, width: int) -> dict[str, float]:
+    import torch
+
+    from recbole_mm.data.item_graph import behaviour_graph, knn_graph, modal_graph
+
+    torch.set_num_threads(2)
+    users, items = interactions(n_items)
+    vectors = features(n_items, width)
+    start_mb = peak_mb()
+    behaviour, behaviour_wall, _ = timed(
+        lambda: behaviour_graph(users, items, n_items, window=WINDOW, top_k=K)
+    )
+    who = np.arange(1, n_items)
+    graph, wall, cpu = timed(
+        lambda: modal_graph(
+            vectors[1:], who, behaviour, relation_graph="smooth", knn_k=K, mix_beta=0.5
+        )
+    )
+    peak = peak_mb()
+    check_counts(behaviour, users, items)
+    check_neighbours(knn_graph(vectors, K), vectors)
+    return {
+        "interactions": len(users),
+        "behaviour_wall": behaviour_wall,
+        "wall": wall,
+        "cpu": cpu,
+        "edges": graph.nnz,
+        "start_mb": start_mb,
+        "peak_mb": peak,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--items", type=int, nargs="+", default=[10_000, 30_000, 100_000])
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--worker", action="store_true")
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(measure(args.items[0], args.width)))
+        return
+    print(
+        "| items | interactions | behaviour graph, s | modal graph, s | CPU s | edges | "
+        "peak MB | before |\n|---|---|---|---|---|---|---|---|"
+    )
+    for n_items in args.items:
+        command = [sys.executable, Path(__file__), "--worker", "--items", str(n_items)]
+        worker = subprocess.run(
+            [*command, "--width", str(args.width)], check=True, capture_output=True, text=True
+        )
+        row = json.loads(worker.stdout)
+        print(
+            f"| {n_items:,} | {row['interactions']:,} | {row['behaviour_wall']:.1f} | "
+            f"{row['wall']:.1f} | {row['cpu']:.1f} | {row['edges']:,} | {row['peak_mb']:,} | "
+            f"{row['start_mb']:,} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
