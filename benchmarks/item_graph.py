@@ -1,12 +1,13 @@
 """Time and memory of the item graphs of MDSRec, by number of items.
 
-    PYTHONPATH=. nice python benchmarks/item_graph.py [--items 10000 30000 100000] [--width 512]
+    PYTHONPATH=. python benchmarks/item_graph.py [--items 10000 30000 100000] [--threads 2]
 
 Random features in clusters and random histories; every size runs in a process of its own, and one
 markdown table is printed. A size is refused unless the neighbours of 200 items equal those of a
 search in float64, and the counts of 200 items those of a loop over the histories.
 
-Seconds are of the wall and of the processor (all threads), imports excluded. Memory is the largest
+Seconds are of the wall and of the processor (all threads), imports excluded; on a busy machine
+threads wait for each other, and those of one thread say more. Memory is the largest
 resident set of the process, and how much of it was there before (the imports, the features).
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -95,11 +97,8 @@ def check_counts(graph, users: np.ndarray, items: np.ndarray) -> None:
 
 
 def measure(n_items: int, width: int) -> dict[str, float]:
-    import torch
-
     from recbole_mm.data.item_graph import behaviour_graph, knn_graph, modal_graph
 
-    torch.set_num_threads(2)
     users, items = interactions(n_items)
     vectors = features(n_items, width)
     start_mb = peak_mb()
@@ -130,6 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--items", type=int, nargs="+", default=[10_000, 30_000, 100_000])
     parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--worker", action="store_true")
     args = parser.parse_args()
     if args.worker:
@@ -142,7 +142,11 @@ def main() -> None:
     for n_items in args.items:
         command = [sys.executable, Path(__file__), "--worker", "--items", str(n_items)]
         worker = subprocess.run(
-            [*command, "--width", str(args.width)], check=True, capture_output=True, text=True
+            [*command, "--width", str(args.width)],
+            check=True,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(args.threads)},
         )
         row = json.loads(worker.stdout)
         print(

@@ -233,7 +233,8 @@ class Prefix:
         index = own if self.selection.is_shared else query
         chosen = self.selection.chosen[rows].index_select(1, index)  # (B, T, m)
         own = own[:, None].expand(len(chosen), -1, 1)
-        seen = torch.cat((own, torch.where(chosen < 0, own, chosen)), dim=-1)
+        # -1 stands where every earlier block is chosen, block 0 among them, or at padding
+        seen = torch.cat((own, chosen.clamp(min=0)), dim=-1)
         n_blocks = -(-stop // block_size)
         is_seen = torch.zeros(*own.shape[:2], n_blocks, dtype=torch.bool, device=self.device)
         mask = hidden(is_seen.scatter_(2, seen, True), self.dtype)  # (B, T, blocks)
