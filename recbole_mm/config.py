@@ -29,6 +29,15 @@ PROPERTIES = _shipped("properties")
 DATASETS = _shipped("dataset_atomic")
 
 
+# keys of `resolved` that follow from others, or from the machine
+_COMPUTED = frozenset(
+    {
+        *("MODEL_TYPE", "MODEL_INPUT_TYPE", "device", "eval_type", "local_rank", "single_spec"),
+        *("valid_metric_bigger", "valid_neg_sample_args", "test_neg_sample_args"),
+    }
+)
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads ``1e-3`` as a number, as RecBole's own loader does."""
 
@@ -77,7 +86,7 @@ class Config(RecBoleConfig):
     Args:
         model: Name or class of a model of this package or of RecBole.
         dataset: Name of the data set.
-        config_file_list: YAML files, later ones stronger.
+        config_file_list: YAML files, later ones stronger; a mapping stands for a file's contents.
         config_dict: Values by key.
         command_line: Arguments of the form ``--key=value``.
 
@@ -89,7 +98,7 @@ class Config(RecBoleConfig):
         self,
         model: str | type | None = None,
         dataset: str | None = None,
-        config_file_list: Sequence[str | Path] | None = None,
+        config_file_list: Sequence[str | Path | Mapping[str, Any]] | None = None,
         config_dict: Mapping[str, Any] | None = None,
         command_line: Sequence[str] = (),
     ) -> None:
@@ -112,10 +121,12 @@ class Config(RecBoleConfig):
     def _build_yaml_loader(self) -> type[yaml.SafeLoader]:
         return _Loader
 
-    def _load_config_files(self, file_list: Sequence[str | Path] | None) -> dict[str, Any]:
+    def _load_config_files(
+        self, file_list: Sequence[str | Path | Mapping[str, Any]] | None
+    ) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for file in file_list or ():
-            values.update(_read_yaml(Path(file)))
+            values.update(file if isinstance(file, Mapping) else _read_yaml(Path(file)))
         return values
 
     def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -251,8 +262,36 @@ class Config(RecBoleConfig):
             self.final_config_dict["device"] = compat.config_device(self.final_config_dict)
 
     def resolved(self) -> dict[str, Any]:
-        """All values as plain data, ready for YAML or JSON."""
-        return {key: _plain(value) for key, value in sorted(self.final_config_dict.items())}
+        """All values as plain data, ready for YAML or JSON, and for :meth:`reopened`."""
+        values = {key: _plain(value) for key, value in sorted(self.final_config_dict.items())}
+        # it must be found from another working directory too
+        return {**values, "data_path": str(Path(values["data_path"]).resolve())}
+
+    @classmethod
+    def reopened(
+        cls,
+        file: str | Path,
+        model: type | None = None,
+        config_dict: Mapping[str, Any] | None = None,
+        command_line: Sequence[str] = (),
+    ) -> Config:
+        """The configuration that a file with :meth:`resolved` values describes, on this machine.
+
+        Args:
+            file: ``config.yaml`` of a run folder.
+            model: Class of the model, if the package does not know its name.
+            config_dict: Values by key, stronger than the file.
+            command_line: Arguments of the form ``--key=value``, strongest of all.
+
+        Raises:
+            InputError: as the constructor
+        """
+        values = {k: v for k, v in _read_yaml(Path(file)).items() if k not in _COMPUTED}
+        if "data_path" in values:  # RecBole appends the name of the data set
+            values["data_path"] = str(Path(values["data_path"]).parent)
+        if (values.get("train_neg_sample_args") or {}).get("distribution") == "none":
+            values["train_neg_sample_args"] = None
+        return cls(model, None, [values], config_dict, command_line)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

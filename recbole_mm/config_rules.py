@@ -58,6 +58,8 @@ def check_type(key: str, value: Any, default: Any, source: str, *, lenient_int: 
         source: Where the value comes from, for the message.
         lenient_int: Let a float replace an int: RecBole's model files write some weights as ints.
     """
+    if value is None and default is None:
+        return
     if key in _FLEXIBLE:
         allowed: tuple[type, ...] = _FLEXIBLE[key]
     elif isinstance(default, bool):

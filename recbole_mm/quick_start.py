@@ -5,15 +5,19 @@ RecBole's own ``recbole.quick_start`` is never imported: it imports ray.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from recbole.data import data_preparation
 from recbole.utils import ModelType, init_seed
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from recbole_mm import compat, protocol
 from recbole_mm.config import Config
@@ -74,39 +78,97 @@ def objective_function(
     return run(config_file_list=config_file_list, config_dict=values, saved=saved)
 
 
-def _run(config: Config, *, saved: bool) -> dict[str, Any]:
-    started = time.perf_counter()
+def open_run(
+    folder: str | Path,
+    config_dict: Mapping[str, Any] | None = None,
+    *,
+    model: type | None = None,
+    command_line: Sequence[str] = (),
+) -> OpenRun:
+    """Read a run folder back: its configuration, its data, and its model with the best weights.
+
+    What the weights depend on is compared with what the folder says: items, interactions of each
+    part, order of the ids, feature files.
+
+    Args:
+        folder: A folder that :func:`run` wrote.
+        config_dict: Values stronger than those of the folder, for example ``data_path`` (the
+            folder above that of the data set) if the data have moved.
+        model: Class of the model, if the package does not know its name.
+        command_line: ``--key=value`` arguments, strongest of all.
+
+    Returns:
+        ``(config, dataset, (train_data, valid_data, test_data), model)``; the model is in
+        evaluation mode, on the device that this machine offers.
+
+    Raises:
+        InputError: If the folder is not one of a finished run, or its data are others by now.
+    """
+    path = Path(folder)
+    with compat.without_recboles_warnings():
+        weights, about = _saved_model(path)
+        config = Config.reopened(path / "config.yaml", model, config_dict, command_line)
+        made = _make(config)
+        _check_data(path, made)
+        _load_weights(made.model, weights, about, path)
+    return OpenRun(config, made.dataset, made.loaders, made.model)
+
+
+class OpenRun(NamedTuple):
+    """A run read back from its folder; see :func:`open_run`."""
+
+    config: Config
+    dataset: Any  # of the whole, before the split
+    loaders: tuple[Any, Any, Any]  # train, valid, test
+    model: Any  # RecBole's AbstractRecommender, untyped
+
+
+class _Made(NamedTuple):
+    """What a configuration and its files make, before anything is trained or loaded."""
+
+    dataset: Any
+    loaders: tuple[Any, Any, Any]
+    rules: protocol.Protocol
+    model: Any
+    data: dict[str, Any]
+
+
+def _make(config: Config) -> _Made:
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
     _check_topk(config, dataset.item_num - 1)
     if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
         # RecBole counts users x items here for these models; the key means users for every model
         config["eval_batch_size"] *= dataset.item_num
-    train_data, valid_data, test_data = data_preparation(config, dataset)
-    parts = (train_data._dataset, valid_data._dataset, test_data._dataset)
-    rules = protocol.describe(config, parts)
+    loaders = data_preparation(config, dataset)
+    rules = protocol.describe(config, tuple(loader._dataset for loader in loaders))
     if not rules.test_users:
         raise InputError(
             f"no user of {config['dataset']} is long enough for a test row: a user needs at least "
             "3 interactions for leave-one-out"
         )
-
     init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
     try:
-        net = config.model_class(config, train_data._dataset).to(config["device"])
+        net = config.model_class(config, loaders[0]._dataset).to(config["device"])
     except RecboleMMError:
         raise
     except ValueError as error:
         # the parts of a model check their sizes and choices where they use them
         raise InputError(f"{config['model']}: {error}") from error
-    data = _data_summary(config, dataset)
+    return _Made(dataset, loaders, rules, net, _data_summary(config, dataset))
+
+
+def _run(config: Config, *, saved: bool) -> dict[str, Any]:
+    started = time.perf_counter()
+    resolved = config.resolved()  # before RecBole's steps write into it
+    dataset, (train_data, valid_data, test_data), rules, net, data = _make(config)
     folder = (
         RunFolder(config["checkpoint_dir"], config["dataset"], config["model"]) if saved else None
     )
     with ExitStack() as stack:
         if folder is not None:
             stack.enter_context(folder.logging_to_file(config["state"]))
-            _write_start(folder, config, dataset, data, rules)
+            _write_start(folder, resolved, dataset, data, rules)
         for line in (*data["lines"], rules.line()):
             _LOG.info(line)
             if config["show_progress"]:
@@ -167,16 +229,93 @@ def _data_summary(config: Config, dataset: Any) -> dict[str, Any]:
 
 
 def _write_start(
-    folder: RunFolder, config: Config, dataset: Any, data: dict[str, Any], rules: protocol.Protocol
+    folder: RunFolder,
+    resolved: dict[str, Any],
+    dataset: Any,
+    data: dict[str, Any],
+    rules: protocol.Protocol,
 ) -> None:
-    folder.write_yaml("config.yaml", config.resolved())
+    folder.write_yaml("config.yaml", resolved)
     folder.write_json("environment.json", environment())
     folder.write_json("data.json", data)
     folder.write_json("protocol.json", rules.as_dict())
-    folder.write_json(
-        "ids.json",
-        {
-            field: [str(token) for token in dataset.field2id_token[field]]
-            for field in (dataset.uid_field, dataset.iid_field)
-        },
+    folder.write_json("ids.json", _ids(dataset))
+
+
+def _ids(dataset: Any) -> dict[str, list[str]]:
+    """Tokens of users and items in the order of their internal ids."""
+    return {
+        field: [str(token) for token in dataset.field2id_token[field]]
+        for field in (dataset.uid_field, dataset.iid_field)
+    }
+
+
+# ------------------------------------------------------------------------- reading a run back
+
+
+def _saved_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of a run, and what stands beside them."""
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"{folder}: not a run folder, it has no config.yaml")
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise InputError(f"{folder}: has no model.safetensors, its run saved no epoch; run it anew")
+    try:
+        return load_file(path), _read_json(folder / "model.json")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); run it anew") from error
+
+
+def _load_weights(
+    net: Any, weights: dict[str, Tensor], about: Mapping[str, Any], folder: Path
+) -> None:
+    prefix = "other_parameter."
+    other = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    device = next(net.parameters()).device
+    try:
+        net.load_state_dict({k: v for k, v in weights.items() if not k.startswith(prefix)})
+    except RuntimeError as error:  # names or shapes
+        raise InputError(f"{folder}: its weights are those of another model: {error}") from error
+    # what RecBole keeps beside the weights and is neither tensor nor number, its constructor made
+    net.load_other_parameter(
+        {**about.get("other_parameter", {}), **{k: v.to(device) for k, v in other.items()}}
     )
+    net.eval()
+
+
+def _check_data(folder: Path, made: _Made) -> None:
+    """What the weights belong to must be what the data are now, field by field."""
+    saved = _identity(*(_read_json(folder / f"{n}.json") for n in ("protocol", "ids", "data")))
+    now = _identity(made.rules.as_dict(), _ids(made.dataset), made.data)
+    differing = [
+        key if isinstance(now.get(key), list) else f"{key} ({saved.get(key)} then, {now.get(key)})"
+        for key in dict.fromkeys([*saved, *now])
+        if saved.get(key) != now.get(key)
+    ]
+    if differing:
+        raise InputError(
+            f"{folder}: the data have changed since this run: {', '.join(differing)}; "
+            "restore its files, point data_path at them, or train again"
+        )
+
+
+def _identity(
+    rules: Mapping[str, Any], ids: Mapping[str, Any], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fingerprints of items, interactions and feature files, and the order of the ids."""
+    prints = {key: rules.get(key) for key in ("items", "train", "valid", "test")}
+    files = {
+        f"{modality['name']} {key}": modality[key]
+        for modality in data["modalities"]
+        for key in ("sha256", "ids_sha256")
+        if key in modality
+    }
+    return {**prints, **{f"order of {field}": tokens for field, tokens in ids.items()}, **files}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); is its run complete?") from error
+    return content
