@@ -36,6 +36,7 @@ def run(
     config_dict: Mapping[str, Any] | None = None,
     *,
     saved: bool = True,
+    score_test: bool = True,
     command_line: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train a model, select its best epoch on validation, and score that epoch once on test.
@@ -47,6 +48,8 @@ def run(
         config_dict: Values by key, stronger than files.
         saved: Write a run folder below ``checkpoint_dir``. Without one the best weights are kept
             in memory.
+        score_test: Score the test set; without it ``test_result`` is empty. Trials of a search
+            leave it alone.
         command_line: ``--key=value`` arguments, strongest of all.
 
     Returns:
@@ -61,21 +64,30 @@ def run(
     """
     config = Config(model, dataset, config_file_list, config_dict, command_line)
     with compat.without_recboles_warnings():
-        return _run(config, saved=saved)
+        return _run(config, saved=saved, score_test=score_test)
 
 
 def objective_function(
     config_dict: Mapping[str, Any] | None = None,
     config_file_list: Sequence[str | Path] | None = None,
-    saved: bool = True,
+    saved: bool = False,
+    score_test: bool = False,
 ) -> dict[str, Any]:
-    """What RecBole's ``HyperTuning`` calls for each trial; ranks trials by validation.
+    """What RecBole's ``HyperTuning`` calls for each trial, with the first two arguments.
+
+    [ours]: by default a trial leaves no run folder and does not score the test set; RecBole's own
+    objective writes a checkpoint for every trial and shows its test result.
 
     Raises:
         as :func:`run`
     """
     values = {"show_progress": False, **(config_dict or {})}
-    return run(config_file_list=config_file_list, config_dict=values, saved=saved)
+    return run(
+        config_file_list=config_file_list,
+        config_dict=values,
+        saved=saved,
+        score_test=score_test,
+    )
 
 
 def open_run(
@@ -158,7 +170,7 @@ def _make(config: Config) -> _Made:
     return _Made(dataset, loaders, rules, net, _data_summary(config, dataset))
 
 
-def _run(config: Config, *, saved: bool) -> dict[str, Any]:
+def _run(config: Config, *, saved: bool, score_test: bool) -> dict[str, Any]:
     started = time.perf_counter()
     resolved = config.resolved()  # before RecBole's steps write into it
     dataset, (train_data, valid_data, test_data), rules, net, data = _make(config)
@@ -181,7 +193,7 @@ def _run(config: Config, *, saved: bool) -> dict[str, Any]:
             saved=True,
             show_progress=config["show_progress"],
         )
-        test_result = trainer.evaluate(test_data, show_progress=False)
+        test_result = trainer.evaluate(test_data, show_progress=False) if score_test else {}
         result = {
             "model": config["model"],
             "dataset": config["dataset"],

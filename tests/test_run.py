@@ -127,17 +127,23 @@ def test_a_data_set_without_long_histories_is_refused(tmp_path):
         )
 
 
-def test_the_objective_function_serves_recboles_tuning():
-    result = recbole_mm.objective_function(
-        {**QUICK, "model": "SASRecFast", "dataset": "tiny"}, saved=False
-    )
-    assert {
-        "model",
-        "best_valid_score",
-        "valid_score_bigger",
-        "best_valid_result",
-        "test_result",
-    } <= set(result)
+def test_the_objective_function_serves_recboles_tuning_and_leaves_the_test_set_alone(monkeypatch):
+    base = trainer_class.__globals__["TrainerMixin"]
+    scored, evaluate = [], base.evaluate
+
+    def counted(self, data, *args, **kwargs):
+        scored.append(data)
+        return evaluate(self, data, *args, **kwargs)
+
+    monkeypatch.setattr(base, "evaluate", counted)
+    values = {**QUICK, "model": "SASRecFast", "dataset": "tiny"}
+    result = recbole_mm.objective_function(values)
+    assert {"model", "best_valid_score", "valid_score_bigger", "best_valid_result"} <= set(result)
+    assert result["test_result"] == {}
+    assert result["run"] is None
+    assert len(scored) == 1  # validation, after the only epoch
+    assert recbole_mm.objective_function(values, score_test=True)["test_result"]
+    assert len(scored) == 3
 
 
 def test_pretraining_can_freeze_the_fusion_layer():
