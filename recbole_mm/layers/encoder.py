@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from recbole_mm.ops.packing import by_length
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # erf form, as RecBole's
@@ -250,7 +253,11 @@ class TransformerEncoder(nn.Module):
         Returns:
             ``(B, L, D)``. What stands at padding positions is finite and has no meaning.
         """
-        return self._inner(x, _visible(x, length), causal, len(self.layer))
+
+        def encode(x: Tensor, length: Tensor) -> Tensor:
+            return self._inner(x, _visible(x, length), causal, len(self.layer))
+
+        return by_length(encode, x, length)
 
     def last(self, x: Tensor, length: Tensor, causal: bool = True) -> Tensor:
         """Encode the last real position of each row; the last layer computes no other.
@@ -265,6 +272,9 @@ class TransformerEncoder(nn.Module):
         Returns:
             ``(B, D)``; exactly zero, with a zero gradient, for a row of length 0.
         """
+        return by_length(partial(self._last, causal=causal), x, length)
+
+    def _last(self, x: Tensor, length: Tensor, causal: bool) -> Tensor:
         visible = _visible(x, length)
         context = self._inner(x, visible, causal, len(self.layer) - 1)
         position = (length - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[-1])

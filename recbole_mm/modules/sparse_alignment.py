@@ -12,6 +12,7 @@ Sequences are padded on the right: ``length`` (B,) counts the real positions of 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from recbole_mm.layers.encoder import FeedForward, MultiHeadAttention
 from recbole_mm.ops.masking import padding_mask
+from recbole_mm.ops.packing import by_length
 from recbole_mm.ops.sparse_attention import (
     SELECTIONS,
     sparse_attention,
@@ -359,7 +361,7 @@ class SparseAlignmentEncoder(nn.Module):
         Returns:
             ``(B, L, D)``. What stands at padding positions is finite and has no meaning.
         """
-        return self._encode(x, length, len(self.attention))
+        return by_length(partial(self._encode, n_layers=len(self.attention)), x, length)
 
     def last(self, x: Tensor, length: Tensor) -> Tensor:
         """Encode the last real position of each row; the last layer computes no other.
@@ -372,6 +374,9 @@ class SparseAlignmentEncoder(nn.Module):
             ``(B, D)``, equal in value and gradient to reading that position from :meth:`forward`;
             exactly zero, with a zero gradient, for a row of length 0.
         """
+        return by_length(self._last, x, length)
+
+    def _last(self, x: Tensor, length: Tensor) -> Tensor:
         context = self._encode(x, length, len(self.attention) - 1)
         attention = cast(SparseAlignmentAttention, self.attention[-1])
         state = self.feed_forward[-1](attention.last(context, length))  # (B, D)
