@@ -104,6 +104,7 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
     lowest = {
         "train_batch_size": 1,
         "eval_batch_size": 1,
+        "eval_memory_mb": 1,
         "eval_step": 1,
         "epochs": 0,
         "stopping_step": 0,

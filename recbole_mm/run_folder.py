@@ -11,12 +11,14 @@
 ``model.safetensors``  weights of the best epoch
 ``model.json``         what the weights belong to
 ``result.json``        the result dict of :func:`recbole_mm.run`
+``per_user.npz``       what each test user got, if asked for: ``recbole_mm.evaluation.PerUser``
 ``log_tensorboard/``   RecBole's TensorBoard events
 =====================  ==========================================================
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -29,8 +31,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,6 +82,12 @@ class RunFolder:
         """Append one JSON line."""
         with _writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")
+
+    def write_arrays(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write arrays as a compressed ``.npz``, whole or not at all."""
+        content = io.BytesIO()
+        np.savez_compressed(content, **dict[str, Any](arrays))
+        self._write(name, content.getvalue())
 
     def write_weights(self, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Write weights and what they belong to; an earlier pair stays intact until both are."""

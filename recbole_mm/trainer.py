@@ -24,8 +24,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from recbole_mm import compat
-from recbole_mm.data.dataset import MultimodalSequentialDataset
 from recbole_mm.errors import NumericalError
+from recbole_mm.evaluation import Collector, PerUser, Ranker
 from recbole_mm.models.mufasa import MUFASA
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class TrainerMixin:
     """What our path adds to a RecBole trainer; comes before it in the bases.
 
     - the best epoch's weights go to the run folder as safetensors, or stay in memory without one;
-    - ``mask_history`` means the same for sequential and for general models;
+    - evaluation ranks within ``eval_memory_mb`` (:mod:`recbole_mm.evaluation`), with one meaning of
+      ``mask_history`` for sequential and for general models;
     - a non-finite loss term or score is a :class:`~recbole_mm.errors.NumericalError`;
     - each loss term is logged under its name (``loss_names`` of the model), as a mean over batches;
     - batches of the models in :data:`CUTS_PADDING` are cut to their longest row;
@@ -83,7 +84,7 @@ class TrainerMixin:
     def __init__(self, config: Config, model: Any, folder: RunFolder | None) -> None:
         self.folder = folder
         self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        self._eval_dataset: Any = None
+        self.per_user: PerUser | None = None
         self._term_sums: list[float] = []
         self._n_batches = 0
         self._epoch_seconds = (0.0, 0.0)
@@ -94,6 +95,7 @@ class TrainerMixin:
         with TemporaryDirectory() as scratch, compat.working_directory(Path(scratch)):
             super().__init__(config, model)  # type: ignore[call-arg]
             self.tensorboard.close()
+        self.eval_collector = Collector(config)
         self.tensorboard: Any = (
             _NoTensorboard()
             if folder is None
@@ -277,32 +279,33 @@ class TrainerMixin:
         """RecBole's evaluation, of the best epoch's weights if ``load_best_model``."""
         if load_best_model:
             self._load_best()
+        collector = self.eval_collector
+        # the test set is scored once: what each user got is noted in the same pass
+        collector.keeps = bool(load_best_model and self.config["save_per_user"])
         if eval_data:
-            self._eval_dataset = eval_data._dataset
-        return super().evaluate(  # type: ignore[misc]
+            self._ranker = Ranker(
+                self.model, self.config, eval_data._dataset, prepare=self.without_padding
+            )
+        result = super().evaluate(  # type: ignore[misc]
             eval_data, load_best_model=False, show_progress=show_progress
         )
+        if collector.kept:
+            self.per_user = collector.take(eval_data._dataset)
+            if self.folder is not None:
+                self.folder.write_arrays("per_user.npz", self.per_user.arrays())
+        return result
 
     def _full_sort_batch_eval(self, batched_data: Any) -> Any:
-        interaction, history, positive_u, positive_i = batched_data
-        masked = bool(self.config["mask_history"])
-        if not masked:
-            history = None  # RecBole's general loaders bring it along
-        elif isinstance(self._eval_dataset, MultimodalSequentialDataset):
-            history = self._eval_dataset.history(interaction)
-        interaction, scores, positive_u, positive_i = super()._full_sort_batch_eval(  # type: ignore[misc]
-            (self.without_padding(interaction), None, positive_u, positive_i)
-        )
-        finite = torch.isfinite(scores[:, 1:])
-        if not finite.all():
-            row, item = (~finite).nonzero()[0].tolist()
-            raise NumericalError(
-                f"evaluation: the score of item id {item + 1} in row {row} is "
-                f"{scores[row, item + 1].item()}; the model has diverged"
+        ranked = self._ranker(batched_data, **self.eval_collector.wants)
+        return batched_data[0], ranked, *batched_data[2:]
+
+    def _neg_sample_batch_eval(self, batched_data: Any) -> Any:
+        interaction, scores, *positives = super()._neg_sample_batch_eval(batched_data)  # type: ignore[misc]
+        if batched_data[1] is not None:  # None: a value metric, with a score for each row
+            scores = self._ranker.sampled(
+                scores, interaction, batched_data[1], *positives, **self.eval_collector.wants
             )
-        if history is not None:
-            scores[history] = -math.inf
-        return interaction, scores, positive_u, positive_i
+        return interaction, scores, *positives
 
 
 def _clocks() -> tuple[float, float]:

@@ -132,8 +132,15 @@ class MultimodalSequentialRecommender(SequentialRecommender):
 
     def full_sort_predict(self, interaction: Interaction) -> Tensor:
         """Scores ``(B, N)`` of all items; column 0 belongs to padding."""
-        items = self.scoring_table()
-        return self(*self.histories(interaction), items) @ items.T
+        return self.user_vectors(interaction) @ self.scoring_table().T
+
+    def user_vectors(self, interaction: Interaction) -> Tensor:
+        """Vectors ``(B, D)`` whose products with :meth:`scoring_table` are the scores.
+
+        Evaluation multiplies them with some items at a time. A model with other scores overrides
+        `full_sort_predict` instead, which then is what evaluation asks for.
+        """
+        return self(*self.histories(interaction), self.scoring_table())
 
     def histories(self, interaction: Interaction) -> tuple[Tensor, Tensor]:
         """Item ids ``(B, L')`` and lengths ``(B,)``, cut to the longest row of the batch."""
