@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
 from recbole_mm import __version__
-from recbole_mm.errors import RecboleMMError
+from recbole_mm.errors import InputError, RecboleMMError
 
 _EPILOG = """\
 Any key of the configuration can follow as --key=value, for example
@@ -38,9 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     )
     commands.add_parser("models", help="list the models that run")
+    _add_compare_arguments(commands)
     known, rest = parser.parse_known_args(arguments)
     if known.command == "models":
         return _guarded(_print_models)
+    if known.command == "compare":
+        return _guarded(lambda: _compare(known, rest))
     return _guarded(lambda: _run(known, rest))
 
 
@@ -62,6 +66,34 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", "-m", help="a model of this package or of RecBole (MUFASA)")
     parser.add_argument("--dataset", "-d", help="folder name below data_path (ml-100k)")
     parser.add_argument("--config_files", default="", help='YAML files: "a.yaml b.yaml"')
+
+
+def _add_compare_arguments(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="side-by-side tables of many models, data sets and seeds",
+        description="Runs every model on every data set with every seed, and writes the tables. "
+        "The same command goes on where an interrupted one was.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--models", required=True, help="SASRec,MUFASA,MUFASA+without_anchor,CAMMSR+*")
+    add("--datasets", required=True, help="folder names below data_path: ml-100k,my_data")
+    add("--seeds", default="1", help="how many (1), or which: 2020,2021,2022")
+    add("--out", default="compare", help="folder of runs and tables (compare)")
+    add("--config_files", default="", help='YAML files for every run: "a.yaml b.yaml"')
+    add("--tuned", help="folder with <dataset>/<model>.yaml or <model>.yaml")
+    add("--variants", help="YAML file of named variants, name: {key: value}, for MODEL+name")
+    add("--show", default="", help="metrics of the tables: NDCG@10,Hit@10")
+    add("--jobs", type=int, default=1, help="processes at a time (1)")
+    add("--threads", type=int, default=1, help="threads of each process (1)")
+    add(
+        "--modality_ablation",
+        action="store_true",
+        help="add a row for every other subset of a model's modalities",
+    )
 
 
 def _guarded(action: Any) -> int:
@@ -90,6 +122,40 @@ def _run(known: argparse.Namespace, rest: Sequence[str]) -> None:
         *_model_and_dataset(known, files), config_file_list=files or None, command_line=rest
     )
     _print_result(result)
+
+
+def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    from recbole_mm.compare import compare
+
+    compare(
+        _names(known.models),
+        _names(known.datasets),
+        _seeds(known.seeds),
+        out=known.out,
+        config_files=known.config_files.split(),
+        command_line=rest,
+        tuned=known.tuned,
+        variants=known.variants,
+        show=_names(known.show),
+        jobs=known.jobs,
+        threads=known.threads,
+        modality_ablation=known.modality_ablation,
+    )
+    print()  # noqa: T201
+    for name in ("table.md", "cost.md"):
+        print(Path(known.out, name).read_text(encoding="utf-8"))  # noqa: T201
+    print(f"all files: {Path(known.out).resolve()}")  # noqa: T201
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _seeds(text: str) -> int | list[int]:
+    numbers = _names(text)
+    if not numbers or not all(number.isdigit() for number in numbers):
+        raise InputError(f"--seeds: {text!r} is neither a number of seeds nor a list of seeds")
+    return int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
 
 
 def _model_and_dataset(

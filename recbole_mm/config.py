@@ -126,7 +126,7 @@ class Config(RecBoleConfig):
     ) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for file in file_list or ():
-            values.update(file if isinstance(file, Mapping) else _read_yaml(Path(file)))
+            values.update(file if isinstance(file, Mapping) else read_yaml(Path(file)))
         return values
 
     def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Config(RecBoleConfig):
         super()._load_internal_config_dict(model, model_class, dataset)
         recbole_model = RECBOLE_PROPERTIES / f"model/{model}.yaml"
         self._recbole_model_keys = (
-            set(_read_yaml(recbole_model))
+            set(read_yaml(recbole_model))
             if model not in MODELS and recbole_model.is_file()
             else set()
         )
@@ -286,15 +286,26 @@ class Config(RecBoleConfig):
         Raises:
             InputError: as the constructor
         """
-        values = {k: v for k, v in _read_yaml(Path(file)).items() if k not in _COMPUTED}
-        if "data_path" in values:  # RecBole appends the name of the data set
-            values["data_path"] = str(Path(values["data_path"]).parent)
-        if (values.get("train_neg_sample_args") or {}).get("distribution") == "none":
-            values["train_neg_sample_args"] = None
+        values = reusable(read_yaml(Path(file)))
         return cls(model, None, [values], config_dict, command_line)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def reusable(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of :meth:`Config.resolved` that another `Config` takes as the contents of a file."""
+    values = {key: value for key, value in resolved.items() if key not in _COMPUTED}
+    if "data_path" in values:  # RecBole appends the name of the data set
+        values["data_path"] = str(Path(values["data_path"]).parent)
+    if (values.get("train_neg_sample_args") or {}).get("distribution") == "none":
+        values["train_neg_sample_args"] = None
+    return values
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping from a YAML file of plain data.
+
+    Raises:
+        InputError: If the file cannot be read, or holds anything else.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -344,7 +355,7 @@ def _recbole_keys() -> set[str]:
 
 def _other_models_keys() -> set[str]:
     files = [*(RECBOLE_PROPERTIES / "model").glob("*.yaml"), *(PROPERTIES / "model").glob("*.yaml")]
-    return {key for file in files for key in _read_yaml(file)}
+    return {key for file in files for key in read_yaml(file)}
 
 
 def _plain(value: Any) -> Any:

@@ -32,7 +32,7 @@ _LOG = logging.getLogger(__name__)
 def run(
     model: str | type | None = None,
     dataset: str | None = None,
-    config_file_list: Sequence[str | Path] | None = None,
+    config_file_list: Sequence[str | Path | Mapping[str, Any]] | None = None,
     config_dict: Mapping[str, Any] | None = None,
     *,
     saved: bool = True,
@@ -44,7 +44,7 @@ def run(
     Args:
         model: Name or class of a model of this package or of RecBole.
         dataset: Name of the data set.
-        config_file_list: YAML files, later ones stronger.
+        config_file_list: YAML files, later ones stronger; a mapping stands for a file's contents.
         config_dict: Values by key, stronger than files.
         saved: Write a run folder below ``checkpoint_dir``. Without one the best weights are kept
             in memory.

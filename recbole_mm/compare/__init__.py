@@ -1,0 +1,154 @@
+"""Side-by-side tables: many models, data sets and seeds under one protocol."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from recbole_mm.compare.cells import Outcome, execute
+from recbole_mm.compare.plan import Cell, plan
+from recbole_mm.compare.tables import Table, protocol_of, tabulate
+from recbole_mm.compare.write import write_all
+from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.protocol import assert_comparable
+
+__all__ = ["Table", "compare"]
+
+
+def compare(
+    models: Sequence[str],
+    datasets: Sequence[str],
+    seeds: Sequence[int] | int = 1,
+    *,
+    out: str | Path = "compare",
+    config_files: Sequence[str | Path] = (),
+    config_dict: Mapping[str, Any] | None = None,
+    command_line: Sequence[str] = (),
+    tuned: str | Path | None = None,
+    variants: str | Path | None = None,
+    modality_ablation: bool = False,
+    show: Sequence[str] = (),
+    jobs: int = 1,
+    threads: int = 1,
+) -> list[Table]:
+    """Train and score every model on every data set with every seed, and write the tables.
+
+    Runs are kept below ``out/cells``: those that are finished, with the same configuration and
+    data, are not run again, so that a call that was interrupted goes on where it was.
+
+    Args:
+        models: Names of models, with variants: ``MUFASA``, ``MUFASA+without_anchor``, ``MUFASA+*``.
+        datasets: Names of data sets.
+        seeds: The seeds, or how many of them, from that of the configuration on.
+        out: Folder of runs and tables.
+        config_files: YAML files for every run.
+        config_dict: Values for every run; a variant is stronger.
+        command_line: ``--key=value`` arguments for every run, strongest of all.
+        tuned: Folder with ``<dataset>/<model>.yaml`` or ``<model>.yaml``, tuned configurations.
+        variants: YAML file of named variants, ``name: {key: value}``.
+        modality_ablation: Add a row for every other subset of the modalities of a row.
+        show: Metrics of the tables; by default all at the cut-off that selects the epoch.
+        jobs: Processes at a time.
+        threads: Threads of each process.
+
+    Returns:
+        A table for each data set; the files are listed in :mod:`recbole_mm.compare.write`.
+
+    Raises:
+        InputError: A name, key or value is wrong, the runs do not share a protocol, or none of a
+            data set is finished.
+        EnvironmentFault: ``out`` is in use or cannot be written, or pyarrow is missing.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        raise EnvironmentFault(
+            "compare keeps what each user got as parquet, which needs pyarrow: "
+            "run `pip install recbole-mm[parquet]`"
+        )
+    for name, value in (("jobs", jobs), ("threads", threads)):
+        if value < 1:
+            raise InputError(f"--{name} must be at least 1, got {value}")
+    cells = plan(
+        models,
+        datasets,
+        seeds,
+        config_files=config_files,
+        config_dict=config_dict,
+        command_line=command_line,
+        tuned=tuned,
+        variants=variants,
+        modality_ablation=modality_ablation,
+    )
+    folder = Path(out).resolve()
+    with _Progress(cells) as progress:
+        outcomes = execute(
+            cells,
+            folder,
+            jobs=jobs,
+            threads=threads,
+            notify=progress.note,
+            tick=progress.show_running,
+        )
+    tables = tabulate(outcomes, show)
+    write_all(tables, outcomes, folder)
+    return tables
+
+
+class _Progress:
+    """A bar over all cells on a terminal, and a line for each cell that ends."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        self._bar = tqdm(total=len(cells), unit="cell", disable=None, dynamic_ncols=True)
+        self._done = 0
+        self._total = len(cells)
+        self._first: dict[str, Outcome] = {}
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def note(self, outcome: Outcome) -> None:
+        """Say what became of a cell."""
+        self._done += 1
+        self._bar.update()
+        cell = outcome.cell
+        tqdm.write(f"[{self._done}/{self._total}] {cell.name}: {_said(outcome)}", sys.stdout)
+        if outcome.record is None:
+            return
+        first = self._first.setdefault(cell.dataset, outcome)
+        try:
+            assert_comparable(protocol_of(first), protocol_of(outcome))
+        except InputError as error:
+            tqdm.write(f"    will not go into a table with {first.cell.name}: {error}", sys.stdout)
+        sys.stdout.flush()
+
+    def show_running(self, running: Sequence[tuple[Cell, Path]]) -> None:
+        """Show the epoch of each cell that runs."""
+        if self._bar.disable:
+            return
+        parts = []
+        for cell, folder in running:
+            lines = [
+                file.read_bytes().count(b"\n") for file in folder.glob("run/*/*/*/metrics.jsonl")
+            ]
+            parts.append(f"{cell.row.label} {cell.seed}: epoch {sum(lines)}")
+        self._bar.set_postfix_str(", ".join(parts))
+
+
+def _said(outcome: Outcome) -> str:
+    if outcome.record is None:
+        return f"failed: {outcome.error}"
+    result, cost = outcome.record["result"], outcome.record["cost"]
+    metric = result["protocol"]["valid_metric"].lower()
+    valid = (result["best_valid_result"] or {}).get(metric, float("nan"))
+    text = (
+        f"{metric} valid {valid:.4f}, test {result['test_result'][metric]:.4f}, best epoch "
+        f"{result['best_epoch'] + 1} of {result['epochs']}, {cost['cpu_seconds']:.0f} CPU s"
+    )
+    return text if outcome.is_new else f"{text} (already finished)"

@@ -1,0 +1,307 @@
+"""Running the cells of a table: each in a process of its own, none twice.
+
+The folder of a cell holds a run folder below ``run/``, with ``per_user.npz`` in it, and
+
+==================  =====================================================================
+``cell.json``       written last: the cell is finished, and will not run again
+``error.json``      why it failed; it is tried again by the next compare
+``output.log``      what its process printed
+==================  =====================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from recbole_mm import __version__
+from recbole_mm.compare.plan import Cell
+from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
+
+RECORD = "cell.json"
+ERROR = "error.json"
+_POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell.
+
+    Attributes:
+        cell: The cell.
+        folder: Its folder, absolute.
+        record: Contents of ``cell.json``; ``None`` if it failed.
+        error: Why it failed.
+        is_new: Whether it ran just now.
+    """
+
+    cell: Cell
+    folder: Path
+    record: Mapping[str, Any] | None
+    error: str | None = None
+    is_new: bool = False
+
+    @property
+    def run(self) -> Path:
+        """The run folder of a finished cell."""
+        if self.record is None:
+            raise InputError(f"{self.cell.name} has no run: {self.error}")
+        return self.folder / str(self.record["run"])
+
+
+def execute(
+    cells: Sequence[Cell],
+    out: Path,
+    *,
+    jobs: int,
+    threads: int,
+    notify: Callable[[Outcome], None],
+    tick: Callable[[Sequence[tuple[Cell, Path]]], None],
+) -> list[Outcome]:
+    """Run every cell that is not finished, ``jobs`` at a time; a failed one stops no other.
+
+    Args:
+        cells: The plan.
+        out: Output folder; cells live in its subfolder ``cells``.
+        jobs: Processes at a time. The memory of a cell ends with its process.
+        threads: Torch and BLAS threads of each process.
+        notify: Called with each outcome, as it is known.
+        tick: Called every few seconds with the cells that run, and their folders.
+
+    Returns:
+        One outcome for each cell, in the order of the plan.
+
+    Raises:
+        EnvironmentFault: If another compare works in ``out``, or it cannot be written.
+    """
+    outcomes: dict[Cell, Outcome] = {}
+    waiting: list[Cell] = []
+    with _alone_in(out):
+        for cell in cells:
+            found = read_outcome(cell, out)
+            if found is not None and found.record is not None:
+                outcomes[cell] = found
+                notify(found)
+            else:
+                waiting.append(cell)
+        for outcome in _run_all(waiting, out, jobs=jobs, threads=threads, tick=tick):
+            outcomes[outcome.cell] = outcome
+            notify(outcome)
+    return [outcomes[cell] for cell in cells]
+
+
+def read_outcome(cell: Cell, out: Path, *, is_new: bool = False) -> Outcome | None:
+    """What the folder of a cell says, or ``None`` if it is neither finished nor failed."""
+    folder = out / "cells" / cell.folder
+    if (folder / RECORD).is_file():
+        return Outcome(cell, folder, json.loads((folder / RECORD).read_text()), is_new=is_new)
+    if (folder / ERROR).is_file():
+        error = json.loads((folder / ERROR).read_text())["message"]
+        return Outcome(cell, folder, None, error, is_new=is_new)
+    return None
+
+
+def _run_all(
+    waiting: list[Cell],
+    out: Path,
+    *,
+    jobs: int,
+    threads: int,
+    tick: Callable[[Sequence[tuple[Cell, Path]]], None],
+) -> Iterator[Outcome]:
+    context = _context()
+    queue = list(waiting)
+    running: dict[Any, tuple[Cell, Any]] = {}
+    try:
+        while queue or running:
+            while queue and len(running) < jobs:
+                cell = queue.pop(0)
+                process = context.Process(target=work, args=(cell, out, threads), name=cell.name)
+                process.start()
+                running[process.sentinel] = (cell, process)
+            for sentinel in wait(list(running), timeout=_POLL_SECONDS):
+                cell, process = running.pop(sentinel)
+                process.join()
+                yield _outcome_of(cell, out, process.exitcode)
+            tick([(cell, out / "cells" / cell.folder) for cell, _ in running.values()])
+    finally:
+        for _, process in running.values():
+            process.kill()
+        for _, process in running.values():
+            process.join()
+
+
+def _outcome_of(cell: Cell, out: Path, code: int) -> Outcome:
+    found = read_outcome(cell, out, is_new=True)
+    if found is not None:
+        return found
+    reason = f"its process ended with exit code {code}"
+    if code < 0:
+        reason = f"its process was ended by signal {-code} ({signal.Signals(-code).name})"
+        if -code == signal.SIGKILL:
+            reason += "; if nobody did, the machine ran out of memory: use fewer --jobs"
+    return Outcome(cell, out / "cells" / cell.folder, None, reason, is_new=True)
+
+
+def _context() -> Any:
+    """Processes that come with torch and RecBole imported, where the system can do so."""
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
+        context.set_forkserver_preload(["recbole_mm.compare.users", "recbole_mm.compare.cells"])
+    return context
+
+
+@contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold the lock of the output folder; the system frees it when the process ends."""
+    path = out / ".lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{out}: cannot be written ({error.strerror}); choose another --out"
+        ) from error
+    with file:
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"{out}: another compare is at work there; wait for it or choose another --out"
+            ) from error
+        yield
+
+
+# ------------------------------------------------------------------------ in the process of a cell
+
+
+def work(cell: Cell, out: Path, threads: int) -> None:
+    """Run a cell, in a process of its own; leaves ``cell.json`` or ``error.json``."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    _end_with_parent()
+    folder = out / "cells" / cell.folder
+    # what an earlier attempt left, finished cells do not come here
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with (folder / "output.log").open("w") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    try:
+        _limit_threads(threads)
+        write_json(folder / RECORD, _train(cell, out, threads))
+    except RecboleMMError as error:
+        write_json(folder / ERROR, {"message": str(error)})
+    except Exception as error:
+        traceback.print_exc()
+        write_json(
+            folder / ERROR,
+            {"message": f"{type(error).__name__}: {error}; see {folder / 'output.log'}"},
+        )
+
+
+def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
+    from recbole_mm.compare.users import counts_of
+    from recbole_mm.quick_start import run
+
+    folder = out / "cells" / cell.folder
+    started, cpu = time.perf_counter(), time.process_time()
+    result = run(
+        cell.row.model,
+        cell.dataset,
+        [cell.values],
+        {"checkpoint_dir": str(folder / "run")},
+    )
+    cost = {
+        "wall_seconds": round(time.perf_counter() - started, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "peak_memory_mb": peak_memory_mb(),
+        "threads": threads,
+    }
+    run_folder = Path(result.pop("run"))
+    counts = out / "data" / f"{fingerprint(result['protocol'])}.csv"
+    if not counts.is_file():
+        frame = counts_of(cell.row.model, cell.dataset, cell.values)
+        counts.parent.mkdir(exist_ok=True)
+        write_text(counts, frame.to_csv(index=False))
+    return {
+        "label": cell.row.label,
+        "model": cell.row.model,
+        "dataset": cell.dataset,
+        "seed": cell.seed,
+        "key": cell.key,
+        "version": __version__,
+        "run": str(run_folder.relative_to(folder)),
+        "result": result,
+        "cost": cost,
+    }
+
+
+def fingerprint(protocol: Mapping[str, Any]) -> str:
+    """A name for the interactions of a protocol."""
+    return "-".join(str(protocol[part]) for part in ("train", "valid", "test"))
+
+
+def peak_memory_mb() -> float | None:
+    """Highest resident memory of this process in MiB, where the system tells it."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1024**2 if sys.platform == "darwin" else 1024), 1)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _limit_threads(threads: int) -> None:
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    torch.set_num_threads(threads)
+    threadpool_limits(threads)
+
+
+def _end_with_parent() -> None:
+    """End this process when compare itself is killed: nothing may go on in its folder."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        with suppress(OSError):
+            wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,318 @@
+"""The cells of a table: which models, data sets and seeds, and what identifies each of them.
+
+A row of a table is a model, perhaps with variants: ``MUFASA``, ``MUFASA+without_anchor``,
+``MUFASA+*`` (every ablation file of the package), ``MUFASA[text]`` (what ``modality_ablation``
+adds). A cell is a row, a data set and a seed. It is known by a hash of its resolved configuration
+and of the data files, so that a finished one is found again and a changed one is not mistaken for
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recbole_mm.config import PROPERTIES, Config, read_yaml, reusable
+from recbole_mm.data.feature_files import sha256_of
+from recbole_mm.errors import InputError, nearest
+from recbole_mm.registry import MODELS
+
+BASELINES_OF_OURS = ("SASRecFast", "SASRecMM")
+"""Models of this package that are baselines in any table."""
+
+# what changes no number of a run: where things are, what is shown, which device
+_NOT_IN_KEY = frozenset(
+    {
+        *("checkpoint_dir", "data_path", "feature_cache_dir", "dataset_save_path"),
+        *("dataloaders_save_path", "device", "gpu_id", "use_gpu", "local_rank", "single_spec"),
+        *("nproc", "world_size", "ip", "port", "offset", "worker", "show_progress", "state"),
+        *("log_wandb", "wandb_project", "save_per_user", "loss_decimal_place"),
+    }
+)
+_RESERVED = {
+    "model": "name models in --models",
+    "dataset": "name data sets in --datasets",
+    "seed": "use --seeds, a number of seeds or a list such as 2020,2021,2022",
+    "checkpoint_dir": "use --out",
+    "save_per_user": "compare always saves what each user got",
+    "show_progress": "compare shows the progress over all cells",
+}
+_FIXED = {"show_progress": False, "save_per_user": True}
+_NAME = re.compile(r"[\w.-]+")
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """A row of the table.
+
+    Attributes:
+        label: As it stands in the table.
+        model: Name of the model class.
+        values: Configuration of its variants.
+        expanded: Whether it comes from a wildcard; then it gives way to a row that equals it.
+    """
+
+    label: str
+    model: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    expanded: bool = False
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether others are measured against it: RecBole's models and the plain ones of ours."""
+        return self.model not in MODELS or self.model in BASELINES_OF_OURS
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One run of a table.
+
+    Attributes:
+        row: Row of the table.
+        dataset: Name of the data set.
+        seed: Seed of the run.
+        values: The resolved configuration, as another ``Config`` takes it: a file that changes
+            while compare is at work changes nothing.
+        key: Hash of the configuration and of the data files.
+    """
+
+    row: Row
+    dataset: str
+    seed: int
+    values: Mapping[str, Any]
+    key: str
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.row.label} on {self.dataset}, seed {self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the cell is kept, relative to ``cells`` of the output folder."""
+        return Path(self.dataset) / self.row.label / f"{self.seed}-{self.key}"
+
+
+def plan(
+    models: Sequence[str],
+    datasets: Sequence[str],
+    seeds: Sequence[int] | int,
+    *,
+    config_files: Sequence[str | Path] = (),
+    config_dict: Mapping[str, Any] | None = None,
+    command_line: Sequence[str] = (),
+    tuned: str | Path | None = None,
+    variants: str | Path | None = None,
+    modality_ablation: bool = False,
+) -> list[Cell]:
+    """All cells of the tables, those of the first seed first.
+
+    Args:
+        models: Rows, see the module.
+        datasets: Names.
+        seeds: The seeds, or how many: that of the configuration and those that follow it.
+        config_files: YAML files for every cell.
+        config_dict: Values for every cell; weaker than a row's variants.
+        command_line: ``--key=value`` arguments for every cell, strongest of all.
+        tuned: Folder of tuned configurations, ``<dataset>/<model>.yaml`` or ``<model>.yaml``;
+            weaker than ``config_dict``. A model without a file keeps its defaults.
+        variants: YAML file of named variants, ``name: {key: value}``, that ``MODEL+name`` finds
+            before those of the package.
+        modality_ablation: Add a row for every other subset of modalities of each row that reads
+            any.
+
+    Raises:
+        InputError: If a name, key or value is wrong, or two rows are the same.
+    """
+    _check_command_line(command_line)
+    named = _read_variants(variants)
+    rows = [row for spec in models for row in _rows(spec, named)]
+    by_seed: dict[int, list[Cell]] = {}
+    for dataset in datasets:
+        taken: dict[str, Row] = {}
+        common = _Common(
+            dataset,
+            config_files,
+            config_dict or {},
+            _with_data_path_that_holds(dataset, command_line),
+            None if tuned is None else Path(tuned),
+        )
+        for row in rows:
+            for variant, config in common.resolve_all(row, modality_ablation=modality_ablation):
+                if not _is_new(variant, config, taken):
+                    continue
+                for number, cell in enumerate(_cells(variant, config, seeds)):
+                    by_seed.setdefault(number, []).append(cell)
+    return [cell for number in sorted(by_seed) for cell in by_seed[number]]
+
+
+def _cells(row: Row, config: Config, seeds: Sequence[int] | int) -> Iterator[Cell]:
+    """The cells of a row."""
+    first = int(config["seed"])
+    chosen = list(range(first, first + seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise InputError(f"--seeds: {seeds!r}; name each seed once, or how many (at least 1)")
+    values, data = reusable(config.resolved()), _digest_of_data(config)
+    for seed in chosen:
+        key = _hash(_settings(config, seed) + data)
+        yield Cell(row, config["dataset"], seed, {**values, "seed": seed}, key)
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What all rows of a data set share."""
+
+    dataset: str
+    config_files: Sequence[str | Path]
+    config_dict: Mapping[str, Any]
+    command_line: Sequence[str]
+    tuned: Path | None
+
+    def resolve_all(self, row: Row, *, modality_ablation: bool) -> Iterator[tuple[Row, Config]]:
+        """The row, and those of its other modalities if they are asked for."""
+        config = self.resolve(row)
+        yield row, config
+        if modality_ablation and _reads(config):
+            for subset in _subsets(row, config):
+                yield subset, self.resolve(subset)
+
+    def resolve(self, row: Row) -> Config:
+        files = (*self.config_files, *_tuned_file(self.tuned, row.model, self.dataset))
+        values = {**self.config_dict, **row.values, **_FIXED}
+        try:
+            return Config(row.model, self.dataset, files, values, self.command_line)
+        except InputError as error:
+            raise InputError(f"{row.label} on {self.dataset}: {error}") from error
+
+
+def _check_command_line(command_line: Sequence[str]) -> None:
+    for argument in command_line:
+        key = argument.removeprefix("--").partition("=")[0]
+        if key in _RESERVED:
+            raise InputError(f"command line: --{key} is not for compare: {_RESERVED[key]}")
+
+
+def _with_data_path_that_holds(dataset: str, command_line: Sequence[str]) -> list[str]:
+    """The command line; without ``data_path`` for a data set that is shipped and not there."""
+    kept = []
+    for argument in command_line:
+        key, _, value = argument.removeprefix("--").partition("=")
+        if key != "data_path" or (Path(value) / dataset).is_dir():
+            kept.append(argument)
+            continue
+        try:
+            Config("Pop", dataset)
+        except InputError:
+            kept.append(argument)  # the message will name the folder that was given
+    return kept
+
+
+# ------------------------------------------------------------------------------ rows
+
+
+def _read_variants(file: str | Path | None) -> dict[str, dict[str, Any]]:
+    if file is None:
+        return {}
+    named = read_yaml(Path(file))
+    for name, values in named.items():
+        if not isinstance(values, dict) or not _NAME.fullmatch(name):
+            raise InputError(
+                f"{file}: {name!r} must be a plain name and hold a mapping of keys to values"
+            )
+    return named
+
+
+def _rows(spec: str, named: Mapping[str, dict[str, Any]]) -> Iterator[Row]:
+    """Rows of one entry of ``--models``."""
+    model, *variants = spec.split("+")
+    folder = PROPERTIES / "ablation" / model
+    shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    if variants == ["*"]:
+        if not shipped and not named:
+            raise InputError(f"--models: {spec}: the package has no ablations of {model}")
+        yield Row(model, model, expanded=True)
+        for name in (*named, *(name for name in shipped if name not in named)):
+            found = named[name] if name in named else read_yaml(shipped[name])
+            yield Row(f"{model}+{name}", model, found, expanded=True)
+        return
+    values: dict[str, Any] = {}
+    for name in variants:
+        known = {*named, *shipped}
+        if name not in known:
+            raise InputError(
+                f"--models: {spec}: no variant {name!r}{nearest(name, known)}; known: "
+                f"{', '.join(sorted(known)) or 'none'}; name others in a file for --variants"
+            )
+        values.update(named[name] if name in named else read_yaml(shipped[name]))
+    yield Row(spec, model, values)
+
+
+def _subsets(row: Row, config: Config) -> Iterator[Row]:
+    """The row with every other subset of its modalities, the largest first."""
+    names = list(config["modalities"])
+    for size in range(len(names) - 1, -1, -1):
+        for subset in itertools.combinations(names, size):
+            values = {**row.values, "modalities": list(subset)}
+            yield Row(f"{row.label}[{','.join(subset)}]", row.model, values, expanded=True)
+
+
+def _is_new(row: Row, config: Config, taken: dict[str, Row]) -> bool:
+    """Whether no earlier row has the same configuration.
+
+    Raises:
+        InputError: If one has, and this row was asked for by its name.
+    """
+    first = taken.setdefault(_settings(config, 0), row)
+    if first is not row and not row.expanded:
+        raise InputError(
+            f"--models: {row.label} is the same as {first.label} on {config['dataset']}: its "
+            "variant sets nothing new, or the command line overrules it; remove one of them"
+        )
+    return first is row
+
+
+def _tuned_file(tuned: Path | None, model: str, dataset: str) -> tuple[str, ...]:
+    if tuned is None:
+        return ()
+    if not tuned.is_dir():
+        raise InputError(f"--tuned: {tuned} is no folder")
+    places = (tuned / dataset / f"{model}.yaml", tuned / f"{model}.yaml")
+    return tuple(str(path) for path in places if path.is_file())[:1]
+
+
+# ------------------------------------------------------------------------------ keys
+
+
+def _reads(config: Config) -> bool:
+    """Whether the model reads features."""
+    return bool(getattr(config.model_class, "consumes_features", False))
+
+
+def _settings(config: Config, seed: int) -> str:
+    values = {k: v for k, v in config.resolved().items() if k not in _NOT_IN_KEY}
+    values["seed"] = seed
+    if not _reads(config):
+        del values["modalities"]
+    return _hash(json.dumps(values, sort_keys=True))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _digest_of_data(config: Config) -> str:
+    """Hash of the contents of the atomic files and, for a model that reads them, of features."""
+    folder, dataset = Path(config["data_path"]), config["dataset"]
+    files = {path for path in folder.glob(f"{dataset}.*") if path.is_file()}
+    for declared in config["modalities"].values() if _reads(config) else ():
+        names = [str(declared[key]) for key in ("path", "ids") if key in declared]
+        paths = [folder / name.replace("{dataset}", dataset) for name in names]
+        files |= {path for path in paths if path.exists()}  # the run says what is missing
+    lines = sorted(f"{path.name} {sha256_of(path)}" for path in files)
+    return _hash("\n".join(lines))

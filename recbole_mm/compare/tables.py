@@ -1,0 +1,366 @@
+"""From finished cells to tables: means over seeds, gains, marks of significance.
+
+Nothing that a clock or the machine decides goes into ``table.*`` and ``significance.csv``: the same
+cells give the same bytes. What a run cost is in ``cost.*``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from recbole_mm.compare import significance
+from recbole_mm.compare.cells import Outcome, fingerprint
+from recbole_mm.compare.plan import Row
+from recbole_mm.compare.significance import Comparison
+from recbole_mm.compare.users import users_frame
+from recbole_mm.errors import InputError, nearest
+from recbole_mm.evaluation import PerUser
+from recbole_mm.protocol import Protocol, assert_comparable
+
+
+@dataclass(frozen=True, eq=False)
+class RowResult:
+    """A row of a table and its finished cells.
+
+    Attributes:
+        row: The row.
+        outcomes: Finished cells, by seed.
+        planned: Number of seeds that were asked for.
+        counts: Interactions by token, of ``user`` and of ``item``.
+    """
+
+    row: Row
+    outcomes: tuple[Outcome, ...]
+    planned: int
+    counts: Mapping[str, pd.Series]
+
+    @property
+    def label(self) -> str:
+        """As it stands in the table."""
+        return self.row.label
+
+    @cached_property
+    def results(self) -> list[dict[str, Any]]:
+        """The result of each seed."""
+        return [outcome.record["result"] for outcome in self.outcomes if outcome.record]
+
+    @cached_property
+    def users(self) -> list[pd.DataFrame]:
+        """What each test row got, for each seed, in the same order; see `users_frame`.
+
+        With ``history``, the interactions of the user before it, and ``target_count``, those of the
+        target in training: 0 for a cold one.
+        """
+        frames = [
+            users_frame(PerUser.load(outcome.run / "per_user.npz"), protocol_of(outcome))
+            for outcome in self.outcomes
+        ]
+        for frame in frames:
+            frame.insert(1, "history", frame["user"].map(self.counts["user"]))
+            frame.insert(3, "target_count", frame["target"].map(self.counts["item"]))
+        return frames
+
+    @cached_property
+    def epochs(self) -> list[list[dict[str, Any]]]:
+        """Lines of ``metrics.jsonl``, for each seed; empty for a model that is not trained."""
+        files = [outcome.run / "metrics.jsonl" for outcome in self.outcomes]
+        return [
+            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+            for file in files
+        ]
+
+    def test(self, metric: str) -> NDArray[np.float64]:
+        """Test value of each seed."""
+        return np.array([result["test_result"][metric] for result in self.results])
+
+    def valid(self, metric: str) -> NDArray[np.float64]:
+        """Validation value of each seed, at the chosen epoch; NaN without validation."""
+        parts = [result["best_valid_result"] or {} for result in self.results]
+        return np.array([part.get(metric, np.nan) for part in parts])
+
+    def of_users(self, metric: str) -> NDArray[np.float64] | None:
+        """``(seeds, users)``, users by token; ``None`` if single users have no such metric."""
+        if any(metric not in users for users in self.users):
+            return None
+        means = [users.groupby("user")[metric].mean() for users in self.users]
+        return np.stack([mean.to_numpy(np.float64) for mean in means])
+
+    def on(self, chosen: Callable[[pd.DataFrame], Any], metric: str) -> NDArray[np.float64]:
+        """Mean test value of each seed over some of the test rows; NaN for none."""
+        parts = [users.loc[chosen(users), metric] for users in self.users]
+        return np.array([part.mean() if len(part) else np.nan for part in parts])
+
+    @property
+    def reads(self) -> str:
+        """Modalities that the model reads."""
+        names = [modality["name"] for modality in self.results[0]["data"]["modalities"]]
+        return ", ".join(names) or "ids"
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters."""
+        return int(self.results[0]["parameters"])
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows of one data set under one protocol.
+
+    Attributes:
+        dataset: Name.
+        protocol: What all rows share.
+        rows: In the order of ``--models``.
+        metrics: What is shown, such as ``ndcg@10``; the first is what selects the epoch.
+        references: For each metric, the row that others are measured against.
+        fixed_reference: Whether that is the first row, and not the best baseline.
+        comparisons: Of the rows that are measured against a reference.
+        failures: Failed cells.
+    """
+
+    dataset: str
+    protocol: Protocol
+    rows: tuple[RowResult, ...]
+    metrics: tuple[str, ...]
+    references: dict[str, RowResult]
+    fixed_reference: bool
+    comparisons: tuple[Comparison, ...]
+    failures: tuple[Outcome, ...] = field(default=())
+
+    def comparison(self, row: RowResult, metric: str) -> Comparison | None:
+        """How the row compares with the reference, if it is compared."""
+        found = (c for c in self.comparisons if c.row == row.label and c.metric == metric)
+        return next(found, None)
+
+    def gain(self, row: RowResult, metric: str) -> float | None:
+        """Relative gain over the reference, in percent; ``None`` where nothing is compared."""
+        reference = self.references[metric]
+        base = float(reference.test(metric).mean())
+        if row is reference or (row.row.is_baseline and not self.fixed_reference) or base == 0:
+            return None
+        return 100 * (float(row.test(metric).mean()) / base - 1)
+
+    def order(self, metric: str) -> tuple[RowResult | None, RowResult | None]:
+        """Best and second row by mean test value; ``None`` where a tie leaves it open."""
+        means = {row: round(float(row.test(metric).mean()), 6) for row in self.rows}
+        values = sorted(set(means.values()), reverse=True)
+        best = [row for row in self.rows if means[row] == values[0]]
+        second = [row for row in self.rows if len(values) > 1 and means[row] == values[1]]
+        return (
+            best[0] if len(best) == 1 and len(self.rows) > 1 else None,
+            second[0] if len(second) == 1 and len(best) == 1 and len(self.rows) > 2 else None,
+        )
+
+    @property
+    def has_cold_targets(self) -> bool:
+        """Whether the split was made for cold items."""
+        return "cold" in self.protocol.split
+
+
+def tabulate(outcomes: Sequence[Outcome], show: Sequence[str] = ()) -> list[Table]:
+    """One table for each data set.
+
+    Args:
+        outcomes: Of all cells, in the order of the plan.
+        show: Metrics, such as ``NDCG@10``; by default every metric at the cut-off of the one that
+            selects the epoch.
+
+    Raises:
+        InputError: If two runs of a data set differ in items, interactions, split or rules, or if
+            no cell is finished.
+    """
+    tables = []
+    for dataset in dict.fromkeys(outcome.cell.dataset for outcome in outcomes):
+        group = [outcome for outcome in outcomes if outcome.cell.dataset == dataset]
+        finished = [outcome for outcome in group if outcome.record is not None]
+        failures = tuple(outcome for outcome in group if outcome.record is None)
+        if not finished:
+            reasons = "; ".join(f"{failure.cell.name}: {failure.error}" for failure in failures)
+            raise InputError(f"{dataset}: no cell is finished, so there is no table: {reasons}")
+        protocol = _one_protocol(finished)
+        rows = tuple(_rows_of(group, _counts(finished[0])))
+        metrics = _shown(protocol, show)
+        references, fixed = _references(rows, metrics)
+        tables.append(
+            Table(
+                dataset,
+                protocol,
+                rows,
+                metrics,
+                references,
+                fixed,
+                _comparisons(rows, metrics, references, fixed=fixed),
+                failures,
+            )
+        )
+    return tables
+
+
+def protocol_of(outcome: Outcome) -> Protocol:
+    """The protocol of a finished cell."""
+    if outcome.record is None:
+        raise InputError(f"{outcome.cell.name} has no protocol: {outcome.error}")
+    return Protocol.from_dict(outcome.record["result"]["protocol"])
+
+
+def _one_protocol(finished: Sequence[Outcome]) -> Protocol:
+    first = finished[0]
+    for other in finished[1:]:
+        try:
+            assert_comparable(protocol_of(first), protocol_of(other))
+        except InputError as error:
+            raise InputError(f"{first.cell.name} and {other.cell.name}: {error}") from error
+    return protocol_of(first)
+
+
+def _counts(outcome: Outcome) -> dict[str, pd.Series]:
+    protocol = outcome.record["result"]["protocol"] if outcome.record else {}
+    file = outcome.folder.parents[3] / "data" / f"{fingerprint(protocol)}.csv"
+    frame = pd.read_csv(file, dtype={"token": str}, keep_default_na=False)
+    return {str(kind): part.set_index("token")["count"] for kind, part in frame.groupby("kind")}
+
+
+def _rows_of(group: Sequence[Outcome], counts: Mapping[str, pd.Series]) -> list[RowResult]:
+    by_row: dict[Row, list[Outcome]] = {}
+    for outcome in group:
+        by_row.setdefault(outcome.cell.row, []).append(outcome)
+    results = []
+    for row, outcomes in by_row.items():
+        done = [outcome for outcome in outcomes if outcome.record is not None]
+        if done:
+            ordered = sorted(done, key=lambda outcome: outcome.cell.seed)
+            results.append(RowResult(row, tuple(ordered), len(outcomes), counts))
+    return results
+
+
+def _shown(protocol: Protocol, show: Sequence[str]) -> tuple[str, ...]:
+    known = [f"{name.lower()}@{k}" for name in protocol.metrics for k in protocol.topk]
+    main = protocol.valid_metric.lower()
+    chosen = [name.lower() for name in show]
+    for name in chosen:
+        if name not in known:
+            raise InputError(f"--show: unknown metric {name!r}{nearest(name, known)}")
+    if not chosen:
+        cut = main.partition("@")[2]
+        chosen = [name for name in known if name.endswith(f"@{cut}")]
+    return tuple(dict.fromkeys([main, *chosen]))
+
+
+def _references(
+    rows: Sequence[RowResult], metrics: Sequence[str]
+) -> tuple[dict[str, RowResult], bool]:
+    baselines = [row for row in rows if row.row.is_baseline]
+    if not baselines or len(baselines) == len(rows):
+        return dict.fromkeys(metrics, rows[0]), True
+    best = {m: max(baselines, key=lambda row: float(row.test(m).mean())) for m in metrics}
+    return best, False
+
+
+def _comparisons(
+    rows: Sequence[RowResult],
+    metrics: Sequence[str],
+    references: dict[str, RowResult],
+    *,
+    fixed: bool,
+) -> tuple[Comparison, ...]:
+    found = []
+    for row in rows:
+        for metric in metrics:
+            reference = references[metric]
+            if row is reference or (row.row.is_baseline and not fixed):
+                continue
+            values, of_reference = row.of_users(metric), reference.of_users(metric)
+            if values is None or of_reference is None:
+                continue
+            found.append(
+                significance.compare(metric, row.label, reference.label, values, of_reference)
+            )
+    return tuple(significance.corrected(found))
+
+
+# ------------------------------------------------------------------------------ what a table says
+
+
+def mark(comparison: Comparison | None, *, fixed: bool) -> tuple[str, str]:
+    """The marks of a value: of the tests over users, and of the test over seeds.
+
+    Against the best baseline only a better row is marked: the best of several is chosen by the
+    very values that are compared, which makes worse rows look worse than they are.
+    """
+    if comparison is None or (comparison.difference < 0 and not fixed):
+        return "", ""
+    better = comparison.difference > 0
+    users = ("*" if better else "-") if comparison.differs else ""
+    return users, "+" if comparison.differs_over_seeds else ""
+
+
+def caption(table: Table, marks: dict[str, str]) -> list[str]:
+    """Sentences below a table: protocol, what the numbers are, every mark with its test.
+
+    Args:
+        table: The table.
+        marks: How the marks ``*``, ``-`` and ``+`` are written.
+    """
+    seeds = sorted({outcome.cell.seed for row in table.rows for outcome in row.outcomes})
+    spread = "mean ± sample standard deviation over " if len(seeds) > 1 else ""
+    lines = [
+        f"{table.protocol.line().removeprefix('protocol: ')}.",
+        f"Test values, {spread}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; the "
+        "epoch is chosen on validation and the test set scored once. Best in bold, second "
+        "underlined.",
+    ]
+    names = {m: reference.label for m, reference in table.references.items()}
+    if len(table.rows) > 1:
+        if table.fixed_reference:
+            against = next(iter(names.values()))
+            lines.append(f"Gain: relative to {against}, the first row.")
+        else:
+            against = "the best baseline"
+            which = ", ".join(f"{name} in {metric}" for metric, name in names.items())
+            lines.append(
+                f"Gain: relative to the best baseline, by mean test value in each metric ({which})."
+            )
+    used = {
+        sign for c in table.comparisons for sign in mark(c, fixed=table.fixed_reference) if sign
+    }
+    if table.comparisons:
+        lines.append(_tests_line(table, against, marks, used))
+    for row in table.rows:
+        if len(row.outcomes) < row.planned:
+            lines.append(f"{row.label}: {len(row.outcomes)} of {row.planned} seeds finished.")
+    return lines
+
+
+def _tests_line(table: Table, against: str, marks: dict[str, str], used: set[str]) -> str:
+    n = table.comparisons[0].users
+    count = len(table.comparisons)
+    users = (
+        f"Wilcoxon's signed-rank test and the paired t test over {n} users, both two-sided with "
+        f"p < {significance.ALPHA} after Holm's correction for {count} comparisons"
+    )
+    parts = []
+    if "*" in used:
+        parts.append(f"{marks['*']} better than {against} by {users}")
+    if "-" in used:
+        parts.append(f"{marks['-']} worse than {against} by {users}")
+    if not used & {"*", "-"}:
+        parts.append(f"no row is significantly better than {against} by {users}")
+    tested = [c for c in table.comparisons if not np.isnan(c.seeds)]
+    if "+" in used:
+        parts.append(
+            f"{marks['+']} differs from {against} by Welch's t test over seeds, two-sided, "
+            f"p < {significance.ALPHA} after Holm's correction for {len(tested)} comparisons"
+        )
+    elif tested:
+        parts.append(
+            "no difference is significant over seeds (Welch's t test, two-sided, Holm's "
+            f"correction for {len(tested)} comparisons)"
+        )
+    return "; ".join(parts)[0].upper() + "; ".join(parts)[1:] + "."

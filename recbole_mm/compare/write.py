@@ -1,0 +1,291 @@
+"""The files of a table: Markdown, LaTeX, CSV and parquet."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from tabulate import tabulate
+
+from recbole_mm.compare import significance
+from recbole_mm.compare.cells import Outcome
+from recbole_mm.compare.tables import RowResult, Table, caption, mark
+from recbole_mm.compare.users import lists_frame
+from recbole_mm.errors import EnvironmentFault
+from recbole_mm.evaluation import PerUser
+
+_MARKDOWN = {"*": "\\*", "-": "▽", "+": "†"}
+_LATEX = {"*": "$^{*}$", "-": "$^{\\triangledown}$", "+": "$^{\\dagger}$"}
+_TEX_SPECIAL = str.maketrans(
+    {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    | {"±": r"$\pm$", "'": "'"}
+)
+
+
+def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], out: Path) -> None:
+    """Write every file of the tables into ``out``.
+
+    Raises:
+        EnvironmentFault: If the folder cannot be written.
+    """
+    try:
+        _write(out / "table.md", "\n".join(_markdown_lines(tables)) + "\n")
+        _write(out / "table.tex", "\n\n".join(_latex(table) for table in tables) + "\n")
+        _write(out / "table.csv", _frame_of_means(tables).to_csv(index=False))
+        _write(out / "significance.csv", _frame_of_tests(tables).to_csv(index=False))
+        costs = frame_of_costs(tables)
+        _write(out / "cost.csv", costs.to_csv(index=False))
+        _write(out / "cost.md", _github(costs.drop(columns="seeds")) + "\n")
+        _write(out / "cells.csv", _frame_of_cells(outcomes, out).to_csv(index=False))
+        _write_parquet(tables, out)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{out}: cannot be written ({error.strerror or error}); free space or choose another "
+            "--out, and start the same command again"
+        ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+# ------------------------------------------------------------------------------ values
+
+
+def spread(values: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the second is NaN for one value."""
+    sd = float(values.std(ddof=1)) if len(values) > 1 else float("nan")
+    return float(values.mean()), sd
+
+
+def _with_spread(values: NDArray[np.float64]) -> str:
+    mean, sd = spread(values)
+    if np.isnan(mean):
+        return ""
+    return f"{mean:.4f}" if np.isnan(sd) else f"{mean:.4f} ± {sd:.4f}"
+
+
+def _is_cold(users: pd.DataFrame) -> Any:
+    return users["target_count"] == 0
+
+
+def _cold_header(table: Table, metric: str) -> str:
+    n = int(_is_cold(table.rows[0].users[0]).sum())
+    return f"cold {metric} ({n} targets)"
+
+
+def _epochs(row: RowResult) -> str:
+    """Mean of the best epoch, counted from 1, and of how many were run."""
+    best = statistics.mean(result["best_epoch"] + 1 for result in row.results)
+    run = statistics.mean(result["epochs"] for result in row.results)
+    return f"{best:.0f} of {run:.0f}" if run else "0"
+
+
+# ------------------------------------------------------------------------------ text
+
+
+def _markdown_lines(tables: Sequence[Table]) -> Iterator[str]:
+    for number, table in enumerate(tables):
+        if number:
+            yield ""
+        yield f"### {table.dataset}"
+        yield ""
+        yield _github(_frame_for_reading(table, _MARKDOWN, "**{}**", "<u>{}</u>"))
+        yield ""
+        for line in caption(table, _MARKDOWN):
+            yield f"- {line}"
+        for failure in table.failures:
+            yield f"- failed: {failure.cell.name}: {' '.join(str(failure.error).split())}"
+
+
+def _github(frame: pd.DataFrame) -> str:
+    return str(
+        tabulate(
+            frame.astype(str).to_numpy().tolist(),
+            headers=list(frame.columns),
+            tablefmt="github",
+            disable_numparse=True,
+        )
+    )
+
+
+def _frame_for_reading(table: Table, marks: dict[str, str], bold: str, under: str) -> pd.DataFrame:
+    main = table.metrics[0]
+    lines = []
+    for row in table.rows:
+        line = {"model": row.label, "reads": row.reads}
+        line[f"valid {main}"] = _with_spread(row.valid(main))
+        for metric in table.metrics:
+            line[f"test {metric}"] = _value(table, row, metric, marks, bold, under)
+        if table.has_cold_targets:
+            line[_cold_header(table, main)] = _with_spread(row.on(_is_cold, main))
+        gain = table.gain(row, main)
+        line["gain"] = "" if gain is None else f"{gain:+.1f} %"
+        line["best epoch"] = _epochs(row)
+        line["parameters"] = f"{row.parameters:,}"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def _value(
+    table: Table, row: RowResult, metric: str, marks: dict[str, str], bold: str, under: str
+) -> str:
+    text = _with_spread(row.test(metric))
+    best, second = table.order(metric)
+    if row is best:
+        text = bold.format(text)
+    elif row is second:
+        text = under.format(text)
+    signs = mark(table.comparison(row, metric), fixed=table.fixed_reference)
+    return text + "".join(marks[sign] for sign in signs if sign)
+
+
+def _latex(table: Table) -> str:
+    frame = _frame_for_reading(table, _LATEX, r"\textbf{{{}}}", r"\underline{{{}}}")
+    frame = frame.drop(columns=["best epoch", "parameters", "reads"])
+    frame["model"] = [name.translate(_TEX_SPECIAL) for name in frame["model"]]
+    frame["gain"] = [gain.replace("%", r"\%") for gain in frame["gain"]]
+    body = [
+        " & ".join(str(cell).replace("±", r"$\pm$") for cell in line) + r" \\"
+        for line in frame.to_numpy()
+    ]
+    head = " & ".join(name.translate(_TEX_SPECIAL) for name in frame.columns) + r" \\"
+    # the marks of the caption are LaTeX already
+    said = " ".join(
+        line.translate(_TEX_SPECIAL) for line in caption(table, {s: f"<{s}>" for s in _LATEX})
+    )
+    for sign, written in _LATEX.items():
+        said = said.replace(f"<{sign}>", written)
+    return "\n".join(
+        [
+            r"% \usepackage{booktabs,amssymb}",
+            r"\begin{table*}",
+            r"\centering",
+            rf"\caption{{{table.dataset.translate(_TEX_SPECIAL)}. {said}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(frame.columns) - 1)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table*}",
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def _frame_of_means(tables: Iterable[Table]) -> pd.DataFrame:
+    """One line for each row, part and metric."""
+    lines = []
+    for table in tables:
+        for row in table.rows:
+            common = {"dataset": table.dataset, "model": row.label, "reads": row.reads}
+            for metric in row.results[0]["test_result"]:
+                for part, values in (("valid", row.valid(metric)), ("test", row.test(metric))):
+                    mean, sd = spread(values)
+                    shown = part == "test" and metric in table.metrics
+                    gain = table.gain(row, metric) if shown else None
+                    lines.append(
+                        {
+                            **common,
+                            "part": part,
+                            "metric": metric,
+                            "mean": round(mean, 6),
+                            "sd": round(sd, 6),
+                            "seeds": len(values),
+                            "gain_percent": None if gain is None else round(gain, 3),
+                            "reference": table.references[metric].label if shown else None,
+                            "best_epoch": _mean_of(row, "best_epoch") + 1,
+                            "epochs": _mean_of(row, "epochs"),
+                            "parameters": row.parameters,
+                        }
+                    )
+    return pd.DataFrame(lines)
+
+
+def _mean_of(row: RowResult, key: str) -> float:
+    return round(float(statistics.mean(result[key] for result in row.results)), 2)
+
+
+def _frame_of_tests(tables: Iterable[Table]) -> pd.DataFrame:
+    lines = [
+        {"dataset": table.dataset, **comparison.as_dict()}
+        for table in tables
+        for comparison in table.comparisons
+    ]
+    return pd.DataFrame(lines, columns=["dataset", *significance.COLUMNS])
+
+
+def frame_of_costs(tables: Iterable[Table]) -> pd.DataFrame:
+    """What the runs of each row cost, as a mean over seeds."""
+    lines = []
+    for table in tables:
+        for row in table.rows:
+            costs = [outcome.record["cost"] for outcome in row.outcomes if outcome.record]
+            epochs = [note["train_cpu_seconds"] for run in row.epochs for note in run]
+            to_best = [
+                sum(note["train_cpu_seconds"] for note in run[: result["best_epoch"] + 1])
+                for run, result in zip(row.epochs, row.results, strict=True)
+            ]
+            memory = [cost["peak_memory_mb"] for cost in costs if cost["peak_memory_mb"]]
+            lines.append(
+                {
+                    "dataset": table.dataset,
+                    "model": row.label,
+                    "seeds": len(costs),
+                    "epochs": _mean_of(row, "epochs"),
+                    "CPU s an epoch": round(statistics.mean(epochs), 3) if epochs else 0.0,
+                    "CPU s to the best epoch": round(statistics.mean(to_best), 1),
+                    "CPU s in all": round(statistics.mean(c["cpu_seconds"] for c in costs), 1),
+                    "wall s in all": round(statistics.mean(c["wall_seconds"] for c in costs), 1),
+                    "threads": max(cost["threads"] for cost in costs),
+                    "peak memory, MiB": round(max(memory)) if memory else None,
+                    "parameters": row.parameters,
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def _frame_of_cells(outcomes: Sequence[Outcome], out: Path) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "dataset": outcome.cell.dataset,
+                "model": outcome.cell.row.label,
+                "seed": outcome.cell.seed,
+                "key": outcome.cell.key,
+                "state": "failed" if outcome.record is None else "finished",
+                "error": outcome.error,
+                "folder": outcome.folder.relative_to(out).as_posix(),
+            }
+            for outcome in outcomes
+        ]
+    )
+
+
+def _write_parquet(tables: Sequence[Table], out: Path) -> None:
+    users, lists = [], []
+    for table in tables:
+        for row in table.rows:
+            for outcome, frame in zip(row.outcomes, row.users, strict=True):
+                of_run = {"dataset": table.dataset, "model": row.label, "seed": outcome.cell.seed}
+                got = lists_frame(PerUser.load(outcome.run / "per_user.npz"))
+                users.append(frame.assign(**of_run))
+                lists.append(got.assign(**of_run))
+    for name, parts in (("users", users), ("topk", lists)):
+        whole = pd.concat(parts, ignore_index=True)
+        last = whole.columns[-3:].tolist()
+        temporary = out / f"{name}.parquet.tmp"
+        whole[[*last, *whole.columns[:-3]]].to_parquet(temporary, index=False)
+        temporary.replace(out / f"{name}.parquet")

@@ -1,0 +1,204 @@
+"""From a command to tables: cells that finish, fail, are killed, and are found again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from recbole_mm.cli import main
+from recbole_mm.compare import compare
+from recbole_mm.compare.tables import tabulate
+from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.protocol import Protocol
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["--epochs=1", "--MAX_ITEM_LIST_LENGTH=10", "--train_batch_size=512"]
+SAME = ("table.md", "table.tex", "table.csv", "significance.csv", "users.parquet", "topk.parquet")
+
+
+def contents(out):
+    return {name: (out / name).read_bytes() for name in SAME}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """Two rows that finish and one that fails; MUFASA needs features, and two items have none."""
+    out = tmp_path_factory.mktemp("compare")
+    file = out / "v.yaml"
+    file.write_text("greedy: {min_coverage: 1.0}\n")
+    arguments = [
+        *("compare", "--models=Pop,SASRecFast,MUFASA+greedy", "--datasets=tiny", "--seeds=1"),
+        *(f"--out={out}", f"--variants={file}", "--jobs=2", *QUICK),
+    ]
+    assert main(arguments) == 0
+    return out, arguments, contents(out)
+
+
+def test_the_table_stands_in_every_form(done):
+    out, _, files = done
+    text = files["table.md"].decode()
+    assert "| Pop " in text
+    assert "**" in text
+    assert "ranking full over 120 items, history not masked" in text
+    tex = files["table.tex"].decode()
+    assert r"\toprule" in tex
+    assert r"\textbf{" in tex
+    assert "fingerprints items" in tex
+    frame = pd.read_csv(out / "table.csv")
+    cell = frame.query("model == 'SASRecFast' and part == 'test' and metric == 'ndcg@10'")
+    (record,) = (out / "cells/tiny/SASRecFast").glob("*/cell.json")
+    result = json.loads(record.read_text())["result"]
+    assert cell["mean"].item() == pytest.approx(result["test_result"]["ndcg@10"])
+    cost = pd.read_csv(out / "cost.csv").set_index("model")
+    assert cost.loc["SASRecFast", "CPU s an epoch"] > 0
+    assert cost.loc["SASRecFast", "peak memory, MiB"] > 100
+
+
+def test_what_each_user_got_adds_up_to_the_table(done):
+    out, _, _ = done
+    users = pd.read_parquet(out / "users.parquet")
+    means = pd.read_csv(out / "table.csv").query("part == 'test'").set_index(["model", "metric"])
+    for model, part in users.groupby("model"):
+        assert len(part) == 300
+        for metric in ("ndcg@10", "hit@20", "mrr@5"):
+            assert part[metric].mean() == pytest.approx(
+                means.loc[(model, metric), "mean"], abs=1e-6
+            )
+        inside = part["rank"] <= 10
+        assert (part["hit@10"] == inside).all()
+    lists = pd.read_parquet(out / "topk.parquet")
+    assert (lists.groupby(["model", "user"])["place"].max() == 20).all()
+    joined = lists.merge(users, on=["dataset", "model", "seed", "user"])
+    found = joined[joined["item"] == joined["target"]]
+    assert (found["place"] == found["rank"]).all()
+    assert len(found) == (users["rank"] <= 20).sum()
+
+
+def test_histories_and_counts_are_those_of_the_file(done):
+    out, _, _ = done
+    users = pd.read_parquet(out / "users.parquet").query("model == 'Pop'").set_index("user")
+    inter = pd.read_csv(ROOT / "dataset_atomic/tiny/tiny.inter", sep="\t")
+    inter.columns = ["user", "item", "time"]
+    inter = inter.sort_values("time", kind="stable")
+    of_user = inter.groupby("user")
+    assert (users["history"] == of_user.size() - 1).all()
+    assert (users["target"] == of_user["item"].last()).all()
+    train = inter[inter.groupby("user").cumcount(ascending=False) > 1]
+    counts = train["item"].value_counts()
+    assert (users["target_count"] == users["target"].map(counts).fillna(0)).all()
+
+
+def test_a_failed_cell_is_reported_with_its_reason_and_stops_no_other(done):
+    out, _, files = done
+    assert "failed: MUFASA+greedy on tiny, seed 2020" in files["table.md"].decode()
+    cells = pd.read_csv(out / "cells.csv").set_index("model")
+    assert cells["state"].to_dict() == {
+        "Pop": "finished",
+        "SASRecFast": "finished",
+        "MUFASA+greedy": "failed",
+    }
+    assert "min_coverage" in cells.loc["MUFASA+greedy", "error"]
+
+
+def test_finished_cells_are_not_run_again_and_the_table_is_the_same(done, capsys):
+    out, arguments, files = done
+    records = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/*/cell.json")}
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("(already finished)") == 2
+    assert records == {path: path.stat().st_mtime_ns for path in records}
+    assert contents(out) == files
+
+
+def test_two_compares_do_not_share_a_folder(done, tmp_path):
+    out, _, _ = done
+    code = (
+        f"import fcntl, time; f = open({str(out / '.lock')!r}, 'a'); "
+        "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(EnvironmentFault, match="another compare is at work"):
+            compare(["Pop"], ["tiny"], out=out)
+        other.kill()
+
+
+def test_runs_of_other_items_or_splits_do_not_share_a_table(done):
+    out, _, _ = done
+    tables = finished(out)
+    for field, value in (("items", "0" * 12), ("test", "1" * 12), ("mask_history", True)):
+        changed = [tables[0], altered(tables[1], field, value)]
+        with pytest.raises(InputError, match=f"cannot share a table, they differ in {field}"):
+            tabulate(changed)
+
+
+def finished(out):
+    """Outcomes of the two finished cells."""
+    from recbole_mm.compare.cells import read_outcome
+    from recbole_mm.compare.plan import plan
+
+    cells = plan(["Pop", "SASRecFast"], ["tiny"], 1, command_line=QUICK)
+    return [read_outcome(cell, out) for cell in cells]
+
+
+def altered(outcome, field, value):
+    from dataclasses import replace
+
+    record = json.loads(json.dumps(outcome.record))
+    record["result"]["protocol"][field] = value
+    assert Protocol.from_dict(record["result"]["protocol"])
+    return replace(outcome, record=record)
+
+
+@pytest.mark.slow
+def test_killing_compare_at_random_changes_no_byte_of_the_table(tmp_path):
+    """SIGKILL at random instants, again and again, against one run that nobody disturbed."""
+    arguments = [
+        *("compare", "--models=SASRecFast,MUFASA,BPR,Pop", "--datasets=tiny", "--seeds=2"),
+        *("--jobs=2", "--epochs=3", "--MAX_ITEM_LIST_LENGTH=10"),
+    ]
+    quiet, disturbed = tmp_path / "quiet", tmp_path / "disturbed"
+    assert main([*arguments, f"--out={quiet}"]) == 0
+    generator = np.random.default_rng(0)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "recbole_mm.cli", *arguments, f"--out={disturbed}"]
+    killed = 0
+    for _ in range(60):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+        try:
+            code = process.wait(timeout=float(generator.uniform(4, 25)))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            killed += 1
+            continue
+        assert code == 0
+        break
+    assert killed
+    assert contents(disturbed) == contents(quiet)
+
+
+@pytest.mark.slow
+def test_nothing_goes_on_in_the_folder_of_a_killed_compare(tmp_path):
+    command = [
+        *(sys.executable, "-m", "recbole_mm.cli", "compare", "--models=SASRecFast"),
+        *("--datasets=tiny", "--epochs=10000", "--stopping_step=10000", f"--out={tmp_path}"),
+    ]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.time() + 120
+    while not list(tmp_path.glob("cells/*/*/*/run/*/*/*/metrics.jsonl")):
+        assert time.time() < deadline
+        time.sleep(0.5)
+    process.kill()
+    process.wait()
+    time.sleep(5)
+    (lines,) = tmp_path.glob("cells/*/*/*/run/*/*/*/metrics.jsonl")
+    size = lines.stat().st_size
+    time.sleep(5)
+    assert lines.stat().st_size == size
