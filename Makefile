@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 # which of benchmarks/*.py `make bench` runs
-NAME ?= prepare_data
+NAME ?= sparse_attention
 
 .PHONY: run test test-slow check format bench clean
 
