@@ -110,7 +110,7 @@ def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protoco
     arguments = config["eval_args"]
     modes = arguments["mode"]
     return Protocol(
-        split=" ".join(f"{key} {value}" for key, value in arguments["split"].items()),
+        split=_split_text(config),
         order=arguments["order"],
         mode=modes["test"]
         if modes["valid"] == modes["test"]
@@ -128,6 +128,12 @@ def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protoco
         valid_users=valid_users,
         test_users=test_users,
     )
+
+
+def _split_text(config: Config) -> str:
+    text = " ".join(f"{key} {value}" for key, value in config["eval_args"]["split"].items())
+    cold = config["cold_items"]
+    return f"{text}, newest {cold:g} % of the items cold" if cold else text
 
 
 def assert_comparable(first: Protocol, second: Protocol) -> None:

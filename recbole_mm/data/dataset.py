@@ -11,7 +11,8 @@ so that a table can hold our models beside RecBole's:
 - :attr:`MultimodalDataset.report` says what is there and what was left out.
 
 Keys of the configuration read here, besides RecBole's: ``on_bad_time``, ``mask_history``,
-``train_objective``, ``category_field``, ``modalities``, ``min_coverage``, ``feature_cache_dir``.
+``train_objective``, ``category_field``, ``modalities``, ``min_coverage``, ``feature_cache_dir``,
+``hidden_features``, ``cold_items``.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from torch import Tensor
 
 from recbole_mm.data.atomic import AtomicTable, read_atomic, read_header
 from recbole_mm.data.categories import CategoryTable
+from recbole_mm.data.cold_start import newest_items
 from recbole_mm.data.derive import resolve_declarations
 from recbole_mm.data.features import FeatureTable, load_features
 from recbole_mm.data.report import DataReport, FilterStep, PartCount
@@ -122,6 +124,7 @@ class MultimodalDataset(Dataset):
         self._steps: list[FilterStep] = []
         self._codes: dict[str, NDArray[np.int64]] = {}
         self._bad_times = 0
+        self._is_cold: NDArray[np.bool_] | None = None
         self._items_without_row: int | None = None
         # shared by the parts of a split, which are shallow copies
         self._side_information: dict[str, Any] = {}
@@ -413,6 +416,8 @@ class MultimodalDataset(Dataset):
         super()._remap_ID_all()
         if self._orders_by_time:
             self._order_by_time()
+        if self.config["cold_items"]:
+            self._find_cold_items()
         self.report = self._count()
         if self.time_field in self.inter_feat:
             self.inter_feat[self.time_field] = self.inter_feat[self.time_field].astype(np.float64)
@@ -425,6 +430,18 @@ class MultimodalDataset(Dataset):
         """
         order = np.argsort(self.inter_feat[self.time_field].to_numpy(), kind="stable")
         self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
+
+    def _find_cold_items(self) -> None:
+        lazy = isinstance(self, MultimodalSequentialDataset)
+        if not self._orders_by_time or (isinstance(self, SequentialDataset) and not lazy):
+            raise InputError(
+                f"cold_items is not possible for {self.config['model']} with this data: it needs "
+                "eval_args order TO and a model whose data set keeps whole histories; set "
+                "cold_items: 0"
+            )
+        columns = [self.inter_feat[f].to_numpy() for f in (*self._id_fields, self.time_field)]
+        percent = self.config["cold_items"]
+        self._is_cold = newest_items(columns[0], columns[1], columns[2], self.item_tokens, percent)
 
     def _count(self) -> DataReport:
         report = DataReport(
@@ -465,6 +482,8 @@ class MultimodalDataset(Dataset):
             InputError: If no row is left to train on.
         """
         parts: list[Dataset] = super().build()
+        if self._is_cold is not None:
+            parts[0]._leave_out(torch.from_numpy(self._is_cold))
         self._prepare_parts(parts)
         counts = []
         for name, part in zip(_PARTS, parts, strict=False):
@@ -481,6 +500,16 @@ class MultimodalDataset(Dataset):
                 + "; ".join(self.report.lines())
             )
         return parts
+
+    def _leave_out(self, is_cold: Tensor) -> None:
+        """Take the interactions with some items, ``(N,)`` bool, out of this part.
+
+        With one interaction left a user goes, too: it is no target for a sequential model.
+        """
+        users = self.inter_feat[self.uid_field]
+        keep = ~is_cold[self.inter_feat[self.iid_field]]
+        keep &= torch.bincount(users[keep], minlength=self.user_num)[users] > 1
+        self.inter_feat = _take(self.inter_feat, keep.nonzero().squeeze(1))
 
     def _prepare_parts(self, parts: list[Dataset]) -> None:
         """What a subclass does to the parts of a split before they are counted."""
@@ -584,9 +613,10 @@ class MultimodalDataset(Dataset):
             **self._format,
         )
         coverage = self.config["min_coverage"]
-        return load_features(
+        table = load_features(
             declarations, tokens, min_coverage=0.9 if coverage is None else coverage, **where
         )
+        return table.hiding(self.config["hidden_features"] or {}, tokens)
 
     def _load_categories(self) -> CategoryTable | None:
         field = self.config["category_field"]
@@ -681,6 +711,11 @@ class MultimodalSequentialDataset(MultimodalDataset, SequentialDataset):
             max_length=self.max_item_list_len,
         )
         self.inter_feat = source.prefixes()
+
+    def _leave_out(self, is_cold: Tensor) -> None:
+        """Likewise, out of the targets and out of the histories that lead to them."""
+        rows = self.inter_feat
+        self.inter_feat = rows.without(is_cold[rows.source.columns[self.iid_field]])
 
     @property
     def _predicts_everywhere(self) -> bool:

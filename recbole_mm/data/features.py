@@ -7,9 +7,10 @@ Shapes: N items (row 0 is padding), M modalities, R rows of a file, F feature wi
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,10 +219,55 @@ class FeatureTable(Mapping[str, ModalityFeatures]):
             return torch.zeros(self._n_items, 0, dtype=torch.bool)
         return torch.stack([features.present for features in self.values()], dim=1)
 
+    def hiding(self, percent: Mapping[str, float], tokens: Sequence[str]) -> FeatureTable:
+        """The table with some vectors counted as missing.
+
+        Which items lose theirs depends on their token and the modality's name alone: they are the
+        same in every run, and those of 25 % are among those of 50 %. [ours]
+
+        Args:
+            percent: By modality, how many of the items that have a vector lose it, in [0, 100].
+            tokens: ``(N,)`` item tokens.
+
+        Raises:
+            InputError: If a modality is not declared or a number is out of range.
+        """
+        for name, share in percent.items():
+            if name not in self:
+                raise InputError(
+                    f"hidden_features: {name!r} is not among the modalities that are loaded: "
+                    f"{', '.join(self) or 'none'}"
+                )
+            if isinstance(share, bool) or not isinstance(share, (int, float)):
+                raise InputError(f"hidden_features: {share!r} of {name} is not a number")
+            if not 0 <= share <= 100:
+                raise InputError(f"hidden_features: {share} % of {name} is outside [0, 100]")
+        shown = [
+            _hide(features, percent[name], tokens) if percent.get(name) else features
+            for name, features in self.items()
+        ]
+        return FeatureTable(shown, self._n_items)
+
     @property
     def reports(self) -> tuple[ModalityReport, ...]:
         """One report for each modality."""
         return tuple(features.report for features in self.values())
+
+
+def _hide(features: ModalityFeatures, percent: float, tokens: Sequence[str]) -> ModalityFeatures:
+    def draw(item: int) -> bytes:
+        return hashlib.sha256(f"{features.name}\t{tokens[item]}".encode()).digest()
+
+    owners = sorted(features.present.nonzero().squeeze(1).tolist(), key=draw)
+    hidden = owners[: round(len(owners) * percent / 100)]
+    present = features.present.clone()
+    present[hidden] = False
+    report = replace(
+        features.report,
+        matched=features.report.matched - len(hidden),
+        missing=features.report.missing + len(hidden),
+    )
+    return replace(features, present=present, report=report)
 
 
 def load_features(

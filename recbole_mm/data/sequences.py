@@ -10,7 +10,7 @@ Shapes: R rows, L sequence length, T sorted interactions, U users.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -157,6 +157,27 @@ class SequenceRows(Interaction):
         targets = self.targets()
         first = self.source.first_of(targets)
         return torch.cat([targets, first[targets - first == 1]])
+
+    def without(self, excluded: Tensor) -> SequenceRows:
+        """Prefix rows of the same interactions, as if some of them had never been.
+
+        Args:
+            excluded: ``(T,)`` bool, over the interactions of ``source``.
+        """
+        kept = torch.unique(self.interactions())  # ascending: by user, then by time
+        kept = kept[~excluded[kept]]
+        user = self.source.first_of(kept)  # one number for each user
+        starts = torch.ones(len(kept), dtype=torch.bool)
+        starts[1:] = user[1:] != user[:-1]
+        source = replace(
+            self.source,
+            columns={field: column[kept] for field, column in self.source.columns.items()},
+            first=starts.nonzero().squeeze(1),
+        )
+        rows = source.prefixes()
+        rows.interaction = {field: rows.interaction[field] for field in self.interaction}
+        rows.lists = self.lists
+        return rows
 
     def windows(self) -> SequenceRows:
         """The same targets in windows of L inputs, each position of which predicts the next item.

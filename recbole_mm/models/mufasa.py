@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from recbole_mm.config import Config
     from recbole_mm.data.dataset import MultimodalSequentialDataset
 
+POSITIONS = ("rotary", "learned")
 FUSION_TERMS = ("semantic", "collaborative", "structure", "distribution")
 
 
@@ -47,12 +48,16 @@ class MUFASA(MultimodalSequentialRecommender):
 
     .. math::
         v_i = z_i / \sqrt{D} + e_i, \qquad
-        u = \operatorname{SAL}(\operatorname{LN}(v_{s_1} + p_1), \dots)_{\text{last}}, \qquad
+        u = \operatorname{SAL}(\operatorname{LN}(v_{s_1}), \dots)_{\text{last}}, \qquad
         \text{score}_i = u^\top v_i
 
     with :math:`z_i` the fused content, which layer norm keeps at length :math:`\sqrt D` (hence the
     division: scores start near one), and :math:`e_i` a trained id embedding. Without modalities
     it is the id-only model, with ``use_id: False`` the content-only one.
+
+    Positions are distances (``position: rotary``, inside SAL), so that a history may be longer than
+    any in training; ``learned`` adds an embedding of each of the ``MAX_ITEM_LIST_LENGTH``
+    positions to :math:`v` instead: those that no training history reached stay as they were drawn.
     """
 
     samples_negatives = True
@@ -110,7 +115,15 @@ class MUFASA(MultimodalSequentialRecommender):
                 *(t for t in FUSION_TERMS if weights[f"{t}_weight"] > 0),
             )
 
-        self.position_embedding = nn.Embedding(self.max_seq_length, hidden_size)  # p
+        if config["position"] not in POSITIONS:
+            raise ValueError(
+                f"position: {config['position']!r} is unknown; use one of {', '.join(POSITIONS)}"
+            )
+        self.position_embedding = (
+            nn.Embedding(self.max_seq_length, hidden_size)  # p
+            if config["position"] == "learned"
+            else None
+        )
         self.norm = nn.LayerNorm(hidden_size, eps=config["layer_norm_eps"])
         self.dropout = nn.Dropout(config["hidden_dropout_prob"])
         self.encoder = SparseAlignmentEncoder(
@@ -128,6 +141,7 @@ class MUFASA(MultimodalSequentialRecommender):
             selection=config["selection"],
             compression=config["compression"],
             block_evolution=config["block_evolution"],
+            rotary=self.position_embedding is None,
             use_window=config["use_window"],
             use_block=config["use_block"],
             use_selected=config["use_selected"],
@@ -160,7 +174,9 @@ class MUFASA(MultimodalSequentialRecommender):
     # ------------------------------------------------------------------ users
 
     def _inputs(self, item_seq: Tensor, items: Tensor) -> Tensor:
-        x = items[item_seq] + self.position_embedding.weight[: item_seq.size(1)]  # (B, L, D)
+        x = items[item_seq]  # (B, L, D)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding.weight[: item_seq.size(1)]
         return self.dropout(self.norm(x))
 
     def states(self, item_seq: Tensor, item_seq_len: Tensor, items: Tensor) -> Tensor:
@@ -203,7 +219,7 @@ class MUFASA(MultimodalSequentialRecommender):
 
     def catalogue_batches(self) -> list[Tensor]:
         """All real items in random batches of ``mfl_batch_items``."""
-        order = torch.randperm(self.n_items - 1, device=self.position_embedding.weight.device)
+        order = torch.randperm(self.n_items - 1, device=self.norm.weight.device)
         return list(torch.split(order + 1, self.mfl_batch_items))
 
     def fusion_parameters(self) -> Iterator[nn.Parameter]:

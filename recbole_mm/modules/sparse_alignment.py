@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from recbole_mm.layers.encoder import FeedForward, MultiHeadAttention
 from recbole_mm.ops.masking import padding_mask
 from recbole_mm.ops.packing import by_length
+from recbole_mm.ops.rotary import rotate
 from recbole_mm.ops.sparse_attention import (
     SELECTIONS,
     sparse_attention,
@@ -104,6 +105,10 @@ class SparseAlignmentAttention(nn.Module):
 
     The key map has no bias: it would add the same to all scores of a query.
 
+    ``rotary`` turns queries and keys by their positions (:func:`.rotate`), a block's key by that of
+    its middle: then x needs no position of its own, and a position beyond those of training is
+    one more distance.
+
     Args:
         hidden_size: Width ``D``, a multiple of ``n_heads``.
         n_heads: Heads ``H``; all of them share one selection.
@@ -116,6 +121,7 @@ class SparseAlignmentAttention(nn.Module):
         selection: ``query`` or ``query_block``, see :func:`.sparse_attention`.
         compression: ``mlp`` or ``mean``, see :class:`BlockCompression`.
         block_evolution: Whether block vectors attend to earlier ones.
+        rotary: Whether queries and keys carry their positions; needs an even ``d``.
         use_window: Windowed branch on or off.
         use_block: Block-level branch on or off.
         use_selected: Selective branch on or off.
@@ -144,6 +150,7 @@ class SparseAlignmentAttention(nn.Module):
         selection: str = "query",
         compression: str = "mlp",
         block_evolution: bool = True,
+        rotary: bool = True,
         use_window: bool = True,
         use_block: bool = True,
         use_selected: bool = True,
@@ -161,6 +168,11 @@ class SparseAlignmentAttention(nn.Module):
             raise ValueError(
                 f"hidden_size {hidden_size} is not a multiple of n_heads {n_heads}; change either"
             )
+        if rotary and hidden_size // n_heads % 2 != 0:
+            raise ValueError(
+                f"rotary positions need heads of even width, got {hidden_size} / {n_heads} = "
+                f"{hidden_size // n_heads}; change hidden_size or n_heads"
+            )
         if selection not in SELECTIONS:
             raise ValueError(
                 f"selection: {selection!r} is unknown; use one of {', '.join(SELECTIONS)}"
@@ -176,6 +188,7 @@ class SparseAlignmentAttention(nn.Module):
         self.n_selected_blocks = n_selected_blocks if use_selected else None
         self.selection = selection
         self.use_block = use_block
+        self.rotary = rotary
 
         self.query = nn.Linear(hidden_size, hidden_size)
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)
@@ -198,10 +211,11 @@ class SparseAlignmentAttention(nn.Module):
 
     def forward(self, x: Tensor, length: Tensor) -> Tensor:
         """Attend from every position; shapes as in the class."""
-        key, value = self._heads(self.key(x)), self._heads(self.value(x))  # (B, H, L, d)
+        position = torch.arange(x.shape[1], device=x.device)
+        key, value = self._placed(self.key(x), position), self._heads(self.value(x))  # (B, H, L, d)
         block_key, block_value = self._blocks(x, key)
         heads = sparse_attention(
-            self._heads(self.query(x)),
+            self._placed(self.query(x), position),
             key,
             value,
             self._gates(x),
@@ -228,14 +242,15 @@ class SparseAlignmentAttention(nn.Module):
         """
         position = (length - 1).clamp(min=0)  # (B,)
         final = _row(x, position)  # (B, 1, D)
-        key, value = self._heads(self.key(x)), self._heads(self.value(x))
+        everywhere = torch.arange(x.shape[1], device=x.device)
+        key, value = self._placed(self.key(x), everywhere), self._heads(self.value(x))
         block_key, block_value = self._blocks(x, key)
         block_query = None
         if self.selection == "query_block":
             first = position // self.block_size * self.block_size
-            block_query = self._heads(self.query(_row(x, first))).squeeze(2)
+            block_query = self._placed(self.query(_row(x, first)), first[:, None, None]).squeeze(2)
         heads = sparse_attention_last(
-            self._heads(self.query(final)).squeeze(2),
+            self._placed(self.query(final), position[:, None, None]).squeeze(2),
             key,
             value,
             self._gates(final).squeeze(2),
@@ -254,6 +269,10 @@ class SparseAlignmentAttention(nn.Module):
         B, L, D = x.shape
         return x.view(B, L, self.n_heads, D // self.n_heads).transpose(1, 2)  # (B, H, L, d)
 
+    def _placed(self, x: Tensor, position: Tensor) -> Tensor:
+        """Heads of queries or keys x (B, T, D) at these positions, (B, H, T, d)."""
+        return rotate(self._heads(x), position) if self.rotary else self._heads(x)
+
     def _gates(self, x: Tensor) -> Tensor:
         return torch.sigmoid(self._heads(self.gate(x)) + self.gate_offset)  # (B, H, L, G)
 
@@ -263,7 +282,9 @@ class SparseAlignmentAttention(nn.Module):
             block = self.compress(x)  # (B, C, D)
             if self.evolve is not None and block.shape[1] > 0:
                 block = self.evolve(block, block, causal=True)
-            return self._heads(self.key(block)), self._heads(self.value(block))
+            count = torch.arange(block.shape[1], device=x.device)
+            middle = count * self.block_size + (self.block_size - 1) / 2
+            return self._placed(self.key(block), middle), self._heads(self.value(block))
         if self.n_selected_blocks is not None and self.n_selected_blocks > 1:
             return _blocked(key.detach(), self.block_size).mean(-2), None
         return None, None
@@ -292,6 +313,7 @@ class SparseAlignmentEncoder(nn.Module):
         selection: ``query`` or ``query_block``.
         compression: ``mlp`` or ``mean``.
         block_evolution: Whether block vectors attend to earlier ones.
+        rotary: Whether queries and keys carry their positions.
         use_window: Windowed branch on or off.
         use_block: Block-level branch on or off.
         use_selected: Selective branch on or off.
@@ -320,6 +342,7 @@ class SparseAlignmentEncoder(nn.Module):
         selection: str = "query",
         compression: str = "mlp",
         block_evolution: bool = True,
+        rotary: bool = True,
         use_window: bool = True,
         use_block: bool = True,
         use_selected: bool = True,
@@ -340,6 +363,7 @@ class SparseAlignmentEncoder(nn.Module):
                 selection,
                 compression,
                 block_evolution,
+                rotary,
                 use_window,
                 use_block,
                 use_selected,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recbole_mm.config import Config
+from recbole_mm.data.dataset import create_dataset
 from recbole_mm.data.feature_files import save_features
 from recbole_mm.data.features import FeatureTable, load_features
 from recbole_mm.errors import InputError
@@ -593,3 +596,38 @@ def test_hash_is_refused_when_the_file_changed_after_loading(tmp_path):
     npz(tmp_path, ITEMS[1:], torch.cat([VALUES, VALUES], dim=1))
     with pytest.raises(InputError, match="changed since it was read"):
         _ = report.sha256
+
+
+def test_hidden_features_are_nested_and_do_not_depend_on_the_order_of_ids():
+    dataset = create_dataset(Config("SASRecMM", "tiny", config_dict={"show_progress": False}))
+    table, tokens = dataset.item_features, dataset.item_tokens
+    some, more, none = (table.hiding({"text": p}, tokens) for p in (25, 50, 100))
+    n = int(table["text"].present.sum())
+    assert [int(t["text"].present.sum()) for t in (some, more, none)] == [
+        n - round(n / 4),
+        n - round(n / 2),
+        0,
+    ]
+    assert not (more["text"].present & ~some["text"].present).any()
+    assert torch.equal(some["image"].present, table["image"].present)
+    assert some.reports[0].matched == n - round(n / 4)
+
+    backwards = [tokens[0], *reversed(tokens[1:])]
+    reverse = torch.tensor([0, *range(len(tokens) - 1, 0, -1)])
+    moved = replace(
+        table["text"], rows=table["text"].rows[reverse], present=table["text"].present[reverse]
+    )
+    again = FeatureTable([moved], len(tokens)).hiding({"text": 25}, backwards)
+    assert torch.equal(again["text"].present[reverse], some["text"].present)
+
+
+@pytest.mark.parametrize(
+    ("percent", "message"),
+    [({"audio": 5}, "'audio' is not among"), ({"text": 101}, "outside"), ({"text": "x"}, "number")],
+)
+def test_hidden_features_must_be_percentages_of_loaded_modalities(percent, message):
+    config = Config(
+        "SASRecMM", "tiny", config_dict={"show_progress": False, "hidden_features": percent}
+    )
+    with pytest.raises(InputError, match=message):
+        _ = create_dataset(config).item_features

@@ -14,7 +14,7 @@ from recbole_mm.modules.sparse_alignment import (
 )
 from tests.reference import sparse_attention as reference
 
-L, D, H = 19, 6, 2
+L, D, H = 19, 8, 2
 SIZES = {"window_size": 5, "block_size": 4, "n_selected_blocks": 2}
 LENGTH = torch.tensor([19, 1, 0, 12])
 OFFSET = [2.0, -1.0, -1.0]  # of the gates, as documented
@@ -57,11 +57,13 @@ def last_real(states, length=LENGTH):
 @both_selections
 @pytest.mark.parametrize("compression", ["mlp", "mean"])
 @pytest.mark.parametrize("block_evolution", [True, False])
-def test_layer_equals_loop_reference(selection, compression, block_evolution):
+@pytest.mark.parametrize("rotary", [True, False])
+def test_layer_equals_loop_reference(selection, compression, block_evolution, rotary):
     choices = {
         "selection": selection,
         "compression": compression,
         "block_evolution": block_evolution,
+        "rotary": rotary,
     }
     model, x = attention(**choices), sequences()
     parameters = dict(model.named_parameters())
@@ -85,8 +87,9 @@ def test_layer_equals_loop_reference(selection, compression, block_evolution):
 
 @both_selections
 @branch_sets
-def test_last_equals_the_last_real_position_of_the_full_pass(switches, selection):
-    model, x = encoder(selection=selection, **switches), sequences()
+@pytest.mark.parametrize("rotary", [True, False])
+def test_last_equals_the_last_real_position_of_the_full_pass(switches, selection, rotary):
+    model, x = encoder(selection=selection, rotary=rotary, **switches), sequences()
     full, last = last_real(model(x, LENGTH)), model.last(x, LENGTH)
     assert_close(last, full, rtol=0, atol=1e-12)
     weight = torch.randn_like(last)
@@ -230,7 +233,8 @@ def test_runs_under_autocast(selection):
         ({"window_size": 0}, "window_size must be at least 1, got 0"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"n_selected_blocks": 0}, "n_selected_blocks must be at least 1, got 0"),
-        ({"n_heads": 4}, "hidden_size 6 is not a multiple of n_heads 4"),
+        ({"n_heads": 3}, "hidden_size 8 is not a multiple of n_heads 3"),
+        ({"n_heads": 8}, "rotary positions need heads of even width, got 8 / 8 = 1"),
         ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
         ({"selection": "head"}, "selection: 'head' is unknown; use one of query, query_block"),
         ({"compression": "max"}, "compression: 'max' is unknown; use one of mlp, mean"),

@@ -127,6 +127,21 @@ def block_vectors(state, x, b, n_heads, compression, block_evolution):
     return vectors
 
 
+def rotated(x, positions):
+    """Rows of x (H, T, d) turned by their positions, a pair of numbers at a time."""
+    half = x.shape[-1] // 2
+    turned = []
+    for row, t in zip(x.unbind(1), positions, strict=True):
+        first, second = [], []
+        for i in range(half):
+            angle = t * 10_000 ** (-2 * i / x.shape[-1])
+            a, b = row[:, i], row[:, half + i]
+            first.append(a * math.cos(angle) - b * math.sin(angle))
+            second.append(b * math.cos(angle) + a * math.sin(angle))
+        turned.append(torch.stack(first + second, dim=-1))
+    return torch.stack(turned, dim=1) if turned else x
+
+
 def layer(
     state,
     x,
@@ -140,6 +155,7 @@ def layer(
     selection,
     compression,
     block_evolution,
+    rotary,
 ):
     """One SAL attention layer over x (L, D), all branches on, without dropout: (length, D)."""
     x = x[:length]  # causal, and no unfinished block is seen: padding cannot matter
@@ -151,16 +167,21 @@ def layer(
         stacked = torch.stack(rows) if rows else x.new_zeros(0, n_heads * width)
         return stacked.view(len(rows), n_heads, width).transpose(0, 1)  # (H, L, d)
 
+    def placed(name, vectors, positions):
+        rows = heads(name, vectors)
+        return rotated(rows, positions) if rotary else rows
+
     blocks = block_vectors(state, x, block_size, n_heads, compression, block_evolution)
+    middles = [c * block_size + (block_size - 1) / 2 for c in range(len(blocks))]
     mixed = sparse_attention(
-        heads("query", x),
-        heads("key", x),
+        placed("query", x, range(length)),
+        placed("key", x, range(length)),
         heads("value", x),
         torch.sigmoid(heads("gate", x) + torch.tensor(offset, dtype=x.dtype)),
         length,
         block_size=block_size,
         window_size=window_size,
-        block_key=heads("key", blocks),
+        block_key=placed("key", blocks, middles),
         block_value=heads("value", blocks),
         n_selected_blocks=n_selected_blocks,
         selection=selection,

@@ -1,0 +1,58 @@
+"""Item cold start: the newest items, by the time at which they were first seen.
+
+Interactions with them are left out of training, so that a model meets them for the first time in
+the histories and targets of validation and test, where nothing but their content tells what they
+are. [ours]
+
+Shapes: T interactions, N items (row 0 is padding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from recbole_mm.errors import InputError
+
+
+def newest_items(
+    users: NDArray[np.int64],
+    items: NDArray[np.int64],
+    times: NDArray[np.float64],
+    tokens: Sequence[str],
+    percent: float,
+) -> NDArray[np.bool_]:
+    """Which items are among the newest ``percent`` % by first interaction.
+
+    Args:
+        users: ``(T,)`` internal ids.
+        items: ``(T,)`` internal ids.
+        times: ``(T,)`` exact times.
+        tokens: ``(N,)``; items that were first seen at the same time go by token.
+        percent: Above 0, below 100.
+
+    Returns:
+        ``(N,)``; padding is False.
+
+    Raises:
+        InputError: If ``percent`` is out of range, or the times are positions in each user's
+            history, which do not say which item is newer.
+    """
+    if not 0 < percent < 100:
+        raise InputError(f"cold_items must be a percentage above 0 and below 100, got {percent!r}")
+    frame = pd.DataFrame({"user": users, "item": items, "time": times})
+    of_user = frame.sort_values(["user", "time"], kind="stable").groupby("user")["time"]
+    if (of_user.diff().dropna() == 1).all() and of_user.first().nunique() == 1:
+        raise InputError(
+            "cold_items: the times are positions in each user's history, 1, 2, 3, ..., and do not "
+            "tell which item is newer; it needs a data set with real times"
+        )
+    first = frame.groupby("item")["time"].min()
+    order = sorted(first.index, key=lambda item: (first[item], tokens[item]))
+    n_cold = round(len(order) * percent / 100)
+    cold = np.zeros(len(tokens), dtype=bool)
+    cold[order[len(order) - n_cold :]] = True
+    return cold
