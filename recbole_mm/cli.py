@@ -38,6 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
     )
+    explain = commands.add_parser(
+        "explain",
+        help="tables and plots of what the model of a run tells of itself",
+        description="Write explain/*.csv and *.png into a run folder (plots need matplotlib).",
+        epilog="Stronger values follow as --key=value, for example --data_path=dataset",
+    )
+    explain.add_argument("run", help="run folder, as the run printed it")
+    explain.add_argument(
+        "--items", nargs="+", metavar="ITEM", help="items to show, by token (the most popular 20)"
+    )
     commands.add_parser("models", help="list the models that run")
     _add_compare_arguments(commands)
     known, rest = parser.parse_known_args(arguments)
@@ -45,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _guarded(_print_models)
     if known.command == "compare":
         return _guarded(lambda: _compare(known, rest))
+    if known.command == "explain":
+        return _guarded(lambda: _explain(known, rest))
     return _guarded(lambda: _run(known, rest))
 
 
@@ -156,6 +168,13 @@ def _seeds(text: str) -> int | list[int]:
     if not numbers or not all(number.isdigit() for number in numbers):
         raise InputError(f"--seeds: {text!r} is neither a number of seeds nor a list of seeds")
     return int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
+
+
+def _explain(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    from recbole_mm.quick_start import explain_run
+
+    files = explain_run(known.run, known.items, command_line=rest)
+    print("\n".join(str(file) for file in files))  # noqa: T201
 
 
 def _model_and_dataset(

@@ -216,6 +216,11 @@ class Config(RecBoleConfig):
             [final["metrics"]] if isinstance(final["metrics"], str) else final["metrics"]
         )
         config_rules.check_values(final, model=self.model_class)
+        if final["explain"] and not hasattr(self.model_class, "explain"):
+            able = ", ".join(name for name, model in MODELS.items() if hasattr(model, "explain"))
+            raise InputError(
+                f"explain: {self.model} tells nothing of itself; models that do: {able}"
+            )
 
         sequential = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
         if "repeatable" not in self.external_config_dict:

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from recbole_mm import compat, protocol
+from recbole_mm import compat, explain, protocol
 from recbole_mm.config import Config
 from recbole_mm.data.dataset import create_dataset
-from recbole_mm.errors import InputError, RecboleMMError
+from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
 from recbole_mm.run_folder import RunFolder, environment
 from recbole_mm.trainer import trainer_class
 
@@ -212,7 +212,53 @@ def _run(config: Config, *, saved: bool, score_test: bool) -> dict[str, Any]:
         if folder is not None:
             folder.write_json("result.json", result)
         _LOG.info("test: %s", result["test_result"])
+        if folder is not None and config["explain"] and score_test:  # scored: best weights loaded
+            try:
+                _explain(folder.path, net, dataset, (train_data, valid_data, test_data))
+            except EnvironmentFault as error:  # the run itself is done
+                _LOG.warning("%s", error)
     return result
+
+
+def explain_run(
+    folder: str | Path,
+    items: Sequence[str] | None = None,
+    *,
+    model: type | None = None,
+    command_line: Sequence[str] = (),
+) -> list[Path]:
+    """Write what the model of a run tells of itself to ``<folder>/explain``, CSV files and plots.
+
+    Args:
+        folder: A folder that :func:`run` wrote.
+        items: Tokens of the items to show, where items are shown; ``None`` for the most popular.
+        model: As in :func:`open_run`.
+        command_line: Likewise.
+
+    Returns:
+        The files.
+
+    Raises:
+        InputError: as :func:`open_run`, or if the model has no ``explain`` or there is no such item
+        EnvironmentFault: If the disk says no, or, after the CSV files are written, if matplotlib
+            is missing.
+    """
+    _, dataset, loaders, net = open_run(
+        folder, {"explain": True}, model=model, command_line=command_line
+    )
+    return _explain(Path(folder), net, dataset, loaders, items)
+
+
+def _explain(
+    folder: Path,
+    net: Any,
+    dataset: Any,
+    loaders: Sequence[Any],
+    items: Sequence[str] | None = None,
+) -> list[Path]:
+    files = explain.write(net.explain(explain.gather(net, dataset, loaders, items)), folder)
+    _LOG.info("explained in %s: %s", folder / "explain", ", ".join(file.name for file in files))
+    return files
 
 
 def _check_topk(config: Config, n_items: int) -> None:

@@ -26,11 +26,13 @@ from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_mm.errors import InputError
+from recbole_mm.explain import Table, by_activity, by_category
 from recbole_mm.layers.encoder import DynamicTanh, TransformerEncoder
 from recbole_mm.layers.experts import AttentiveGate, GatedExperts, LinearGate
 from recbole_mm.layers.projection import ModalityProjection
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
     from recbole_mm.config import Config
     from recbole_mm.data.dataset import MultimodalSequentialDataset
+    from recbole_mm.explain import Material
 
 INPUT_NORMS = ("dyt", "layernorm")
 
@@ -205,6 +208,46 @@ class CAMMSR(MultimodalSequentialRecommender):
         packing = Packing(length, item_seq.size(1))
         weights = self._fused(item_seq, packing, self.scoring_table()).weights
         return packing.pad(weights), packing.real
+
+    @torch.no_grad()
+    def explain(self, material: Material) -> dict[str, Table]:
+        """Means of :meth:`modality_weights` over the test histories.
+
+        Returns:
+            ``modality_by_category``: over the positions whose item has the category;
+            ``modality_by_activity``: of each history its mean over positions, then over histories.
+            A modality that an item lacks counts with its weight, zero.
+        """
+        names, M = list(self.modality_names), len(self.modality_names)
+        totals = torch.zeros(self.n_items, M, dtype=torch.float64)
+        counts = torch.zeros(self.n_items, dtype=torch.int64)
+        users = []
+        for batch in material.batches():
+            weights, real = (part.cpu() for part in self.modality_weights(batch))
+            items = self.histories(batch)[0].cpu()[real]  # (T,)
+            totals.index_add_(0, items, weights[real].double())
+            counts += items.bincount(minlength=self.n_items)
+            length = real.sum(1)
+            mean = weights.double().sum(1) / length[:, None]  # padding weighs zero
+            frame = pd.DataFrame(mean.numpy(), columns=names)
+            users.append(frame.assign(history_length=length.numpy()))
+        what = "mean weight of a modality in the fusion (CAMMSR, test histories)"
+        return {
+            "modality_by_category": Table(
+                by_category(
+                    totals.numpy(), counts.numpy(), names, material.categories, "positions"
+                ),
+                "Modality weights by category of the item",
+                self.modality_names,
+                what,
+            ),
+            "modality_by_activity": Table(
+                by_activity(pd.concat(users), names),
+                "Modality weights by length of the history",
+                self.modality_names,
+                what,
+            ),
+        }
 
     def _fused(self, item_seq: Tensor, packing: Packing, items: Tensor) -> Fused:
         """Fused vectors of the real positions, Eq. (4)-(11)."""

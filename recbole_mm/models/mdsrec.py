@@ -26,12 +26,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+import pandas as pd
 import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
 from recbole_mm.data import item_graph
 from recbole_mm.errors import InputError
+from recbole_mm.explain import Table, by_activity
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.modules.modality_interest import (
@@ -46,9 +48,11 @@ if TYPE_CHECKING:
 
     from recbole_mm.config import Config
     from recbole_mm.data.dataset import MultimodalSequentialDataset
+    from recbole_mm.explain import Material
 
 ID = "id"
 BEHAVIOUR = "behaviour"
+N_NEIGHBOURS = 10  # of an item, in the tables of `explain`
 
 
 class MDSRec(MultimodalSequentialRecommender):
@@ -219,7 +223,7 @@ class MDSRec(MultimodalSequentialRecommender):
         Raises:
             InputError: If there is no such graph or item.
         """
-        graphs = {BEHAVIOUR: self.graphs.behaviour, **self.graphs.modal}
+        graphs = self._named_graphs()
         if modality not in graphs:
             raise InputError(f"no graph {modality!r}; choose one of {', '.join(graphs)}")
         try:
@@ -232,7 +236,10 @@ class MDSRec(MultimodalSequentialRecommender):
 
         The graphs are ``behaviour`` and those of the modalities.
         """
-        return item_graph.overlap({BEHAVIOUR: self.graphs.behaviour, **self.graphs.modal}, k)
+        return item_graph.overlap(self._named_graphs(), k)
+
+    def _named_graphs(self) -> dict[str, sp.csr_matrix]:
+        return {BEHAVIOUR: self.graphs.behaviour, **self.graphs.modal}
 
     @torch.no_grad()
     def modality_weights(self, interaction: Interaction) -> Tensor:
@@ -255,6 +262,64 @@ class MDSRec(MultimodalSequentialRecommender):
             )
         except ValueError as error:
             raise InputError(str(error)) from error
+
+    def explain(self, material: Material) -> dict[str, Table]:
+        """Graphs between items, and what each modality weighs for the users of the test set.
+
+        Returns:
+            ``neighbours``: of each chosen item, its ``N_NEIGHBOURS`` nearest in each graph;
+            ``graph_overlap``: :meth:`graph_overlap` by k, with two graphs or more;
+            ``modality_by_user`` and ``modality_by_activity``: :meth:`modality_weights`, but for
+            ``fusion: concat``, which has none.
+        """
+        tables = {
+            "neighbours": Table(self._neighbour_frame(material), "Nearest neighbours of items")
+        }
+        if self.graphs.modal:
+            overlap = pd.DataFrame(
+                {"k": k, **{f"{a} and {b}": v for (a, b), v in self.graph_overlap(k).items()}}
+                for k in range(1, N_NEIGHBOURS + 1)
+            )
+            tables["graph_overlap"] = Table(
+                overlap,
+                "Overlap of item graphs",
+                tuple(overlap.columns[1:]),
+                "mean Jaccard index of the k nearest neighbours",
+                kind="lines",
+            )
+        return tables if self.fuse.fusion == "concat" else {**tables, **self._weights(material)}
+
+    def _neighbour_frame(self, material: Material) -> pd.DataFrame:
+        tokens = material.item_tokens
+        rows = [
+            (tokens[item], graph, rank, tokens[other], weight)
+            for item in material.items
+            for graph in self._named_graphs()
+            for rank, (other, weight) in enumerate(self.neighbours(item, graph, N_NEIGHBOURS), 1)
+        ]
+        return pd.DataFrame(rows, columns=["item", "graph", "rank", "neighbour", "weight"])
+
+    def _weights(self, material: Material) -> dict[str, Table]:
+        names = list(self.modality_names)
+        parts = []
+        for batch in material.batches():
+            weights = pd.DataFrame(self.modality_weights(batch).cpu().numpy(), columns=names)
+            weights.insert(0, "user", material.users(batch))
+            weights.insert(1, "history_length", self.histories(batch)[1].cpu().numpy())
+            parts.append(weights)
+        users = pd.concat(parts, ignore_index=True)
+        what = "weight of a modality in the score (MDSRec, test histories)"
+        return {
+            "modality_by_user": Table(
+                users, "Modality weights of users", self.modality_names, what, kind="spread"
+            ),
+            "modality_by_activity": Table(
+                by_activity(users, names),
+                "Modality weights by length of the history",
+                self.modality_names,
+                f"mean {what}",
+            ),
+        }
 
 
 def _block_diagonal(graphs: list[sp.csr_matrix]) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,9 +25,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from recbole_mm.explain import Table, by_activity, by_category
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.modules.multimodal_fusion import FusionLosses, MultimodalFusion
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
     from recbole_mm.config import Config
     from recbole_mm.data.dataset import MultimodalSequentialDataset
+    from recbole_mm.explain import Material
 
 POSITIONS = ("rotary", "learned")
 FUSION_TERMS = ("semantic", "collaborative", "structure", "distribution")
@@ -186,6 +189,60 @@ class MUFASA(MultimodalSequentialRecommender):
     def forward(self, item_seq: Tensor, item_seq_len: Tensor, items: Tensor) -> Tensor:
         """User vectors ``(B, D)``, the states at the last real positions."""
         return self.encoder.last(self._inputs(item_seq, items), item_seq_len)
+
+    # ------------------------------------------------------------------ interpretation
+
+    @torch.no_grad()
+    def explain(self, material: Material) -> dict[str, Table]:
+        """Attention of the fusion layer over the modalities, gates of the sparse attention.
+
+        Returns:
+            ``fusion_by_category``, with modalities: their mean attention weight over the items of
+            each category; items without any modality are left out. ``gates_by_activity``: by
+            layer, the mean gate of each branch at the last position, where the user vector is
+            read. A gate scales its branch, 0 to 1; gates do not sum to one, and a large gate on a
+            small vector adds little.
+        """
+        tables = {}
+        names = self.features.names
+        if names:
+            h, present = self.project(self.all_items())
+            weights = self.fusion.attention_weights(h, present).cpu().double()  # (N, M)
+            described = present.any(1).cpu()
+            described[0] = False
+            tables["fusion_by_category"] = Table(
+                by_category(
+                    weights.numpy() * described[:, None].numpy(),
+                    described.long().numpy(),
+                    names,
+                    material.categories,
+                    "items",
+                ),
+                "Attention of the fusion layer by category",
+                names,
+                "mean attention weight of a modality (MUFASA, all items)",
+            )
+        gates = self._gate_frame(material)
+        branches = self.encoder.branches
+        tables["gates_by_activity"] = Table(
+            by_activity(gates, branches, panel="layer"),
+            "Gates of the sparse attention by length of the history",
+            branches,
+            "mean gate of a branch (MUFASA, test histories)",
+            panel="layer",
+        )
+        return tables
+
+    def _gate_frame(self, material: Material) -> pd.DataFrame:
+        """Gates at the last position: a row for each test history and layer."""
+        parts = []
+        for batch in material.batches():
+            item_seq, length = self.histories(batch)
+            gates = self.encoder.last_gates(self._inputs(item_seq, self.scoring_table()), length)
+            for layer, values in enumerate(gates.cpu().unbind(1), 1):
+                frame = pd.DataFrame(values.numpy(), columns=list(self.encoder.branches))
+                parts.append(frame.assign(history_length=length.cpu().numpy(), layer=layer))
+        return pd.concat(parts, ignore_index=True)
 
     # ------------------------------------------------------------------ objective
 

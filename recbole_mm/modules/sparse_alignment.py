@@ -182,6 +182,7 @@ class SparseAlignmentAttention(nn.Module):
         if not branches:
             raise ValueError("no branch is on; set use_window, use_block or use_selected")
         self.n_heads = n_heads
+        self.branches = tuple(branches)  # in the order of their gates
         self.attn_dropout_prob = attn_dropout_prob
         self.window_size = window_size if use_window else None
         self.block_size = block_size
@@ -264,6 +265,13 @@ class SparseAlignmentAttention(nn.Module):
             dropout=self.attn_dropout_prob if self.training else 0.0,
         )
         return self._output(final, heads.unsqueeze(2)).squeeze(1)
+
+    def last_gates(self, x: Tensor, length: Tensor) -> Tensor:
+        """Gates of the last real position of each row, ``(B, G)``, the mean over heads.
+
+        In the order of ``branches``. A gate scales its branch, 0 to 1; they do not sum to one.
+        """
+        return self._gates(_row(x, (length - 1).clamp(min=0))).squeeze(2).mean(1)
 
     def _heads(self, x: Tensor) -> Tensor:
         B, L, D = x.shape
@@ -405,6 +413,23 @@ class SparseAlignmentEncoder(nn.Module):
         attention = cast(SparseAlignmentAttention, self.attention[-1])
         state = self.feed_forward[-1](attention.last(context, length))  # (B, D)
         return torch.where(length[:, None] > 0, state, 0.0)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The branches of attention that are on."""
+        return cast(SparseAlignmentAttention, self.attention[0]).branches
+
+    def last_gates(self, x: Tensor, length: Tensor) -> Tensor:
+        """Gates of the last real position in each layer, ``(B, n_layers, G)``.
+
+        Arguments as in :meth:`last`; what a gate is, :meth:`SparseAlignmentAttention.last_gates`
+        says.
+        """
+        gates = []
+        for layer, attention in enumerate(self.attention):
+            context = self._encode(x, length, layer)
+            gates.append(cast(SparseAlignmentAttention, attention).last_gates(context, length))
+        return torch.stack(gates, dim=1)
 
     def _encode(self, x: Tensor, length: Tensor, n_layers: int) -> Tensor:
         is_real = padding_mask(length, x.shape[1])[..., None]
