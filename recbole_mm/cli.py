@@ -106,6 +106,22 @@ def _add_compare_arguments(commands: Any) -> None:
         action="store_true",
         help="add a row for every other subset of a model's modalities",
     )
+    add(
+        "--missing_modality",
+        action="append",
+        default=[],
+        metavar="text:0,25,50,75,100",
+        help="score the test set with a modality hidden for some percent of its items",
+    )
+    add(
+        "--cold_start",
+        type=float,
+        nargs="?",
+        const=10.0,
+        default=0.0,
+        metavar="PERCENT",
+        help="leave the newest items out of training and show them apart (10 percent of the items)",
+    )
 
 
 def _guarded(action: Any) -> int:
@@ -137,7 +153,7 @@ def _run(known: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
-    from recbole_mm.compare import compare
+    from recbole_mm.compare import compare, missing
 
     compare(
         _names(known.models),
@@ -152,6 +168,8 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
         jobs=known.jobs,
         threads=known.threads,
         modality_ablation=known.modality_ablation,
+        missing_modality=missing.parse(known.missing_modality),
+        cold_start=known.cold_start,
     )
     print()  # noqa: T201
     for name in ("table.md", "cost.md"):

@@ -32,6 +32,8 @@ def compare(
     tuned: str | Path | None = None,
     variants: str | Path | None = None,
     modality_ablation: bool = False,
+    missing_modality: Mapping[str, Sequence[float]] | None = None,
+    cold_start: float = 0.0,
     show: Sequence[str] = (),
     jobs: int = 1,
     threads: int = 1,
@@ -52,6 +54,10 @@ def compare(
         tuned: Folder with ``<dataset>/<model>.yaml`` or ``<model>.yaml``, tuned configurations.
         variants: YAML file of named variants, ``name: {key: value}``.
         modality_ablation: Add a row for every other subset of the modalities of a row.
+        missing_modality: By modality, percentages of the items for which it is hidden at test; a
+            curve for each row that reads it.
+        cold_start: Percentage of the items, the newest, that are left out of training; the tables
+            get a column of them alone.
         show: Metrics of the tables; by default all at the cut-off that selects the epoch.
         jobs: Processes at a time.
         threads: Threads of each process.
@@ -77,7 +83,7 @@ def compare(
         datasets,
         seeds,
         config_files=config_files,
-        config_dict=config_dict,
+        config_dict={**(config_dict or {}), **({"cold_items": cold_start} if cold_start else {})},
         command_line=command_line,
         tuned=tuned,
         variants=variants,
@@ -90,6 +96,7 @@ def compare(
             folder,
             jobs=jobs,
             threads=threads,
+            missing_modality=missing_modality or {},
             notify=progress.note,
             tick=progress.show_running,
         )

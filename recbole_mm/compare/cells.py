@@ -5,6 +5,7 @@ The folder of a cell holds a run folder below ``run/``, with ``per_user.npz`` in
 ==================  =====================================================================
 ``cell.json``       written last: the cell is finished, and will not run again
 ``error.json``      why it failed; it is tried again by the next compare
+``missing.json``    test results with a modality missing, if they were asked for
 ``output.log``      what its process printed
 ==================  =====================================================================
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mm import __version__
+from recbole_mm.compare import missing
 from recbole_mm.compare.plan import Cell
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
 
@@ -54,6 +56,16 @@ class Outcome:
     error: str | None = None
     is_new: bool = False
 
+    def has(self, missing_modality: missing.Wanted) -> bool:
+        """Whether nothing is left to do: the cell is finished, and so is all else that is wanted.
+
+        Args:
+            missing_modality: What else is to be measured.
+        """
+        if self.record is None:
+            return False
+        return not any(missing.still_to_do(self.folder, self.record, missing_modality))
+
     @property
     def run(self) -> Path:
         """The run folder of a finished cell."""
@@ -68,6 +80,7 @@ def execute(
     *,
     jobs: int,
     threads: int,
+    missing_modality: missing.Wanted,
     notify: Callable[[Outcome], None],
     tick: Callable[[Sequence[tuple[Cell, Path]]], None],
 ) -> list[Outcome]:
@@ -78,6 +91,7 @@ def execute(
         out: Output folder; cells live in its subfolder ``cells``.
         jobs: Processes at a time. The memory of a cell ends with its process.
         threads: Torch and BLAS threads of each process.
+        missing_modality: What else to measure of each cell, see :mod:`recbole_mm.compare.missing`.
         notify: Called with each outcome, as it is known.
         tick: Called every few seconds with the cells that run, and their folders.
 
@@ -92,12 +106,13 @@ def execute(
     with _alone_in(out):
         for cell in cells:
             found = read_outcome(cell, out)
-            if found is not None and found.record is not None:
+            if found is not None and found.has(missing_modality):
                 outcomes[cell] = found
                 notify(found)
             else:
                 waiting.append(cell)
-        for outcome in _run_all(waiting, out, jobs=jobs, threads=threads, tick=tick):
+        options = (out, threads, missing_modality)
+        for outcome in _run_all(waiting, options, jobs=jobs, tick=tick):
             outcomes[outcome.cell] = outcome
             notify(outcome)
     return [outcomes[cell] for cell in cells]
@@ -116,20 +131,19 @@ def read_outcome(cell: Cell, out: Path, *, is_new: bool = False) -> Outcome | No
 
 def _run_all(
     waiting: list[Cell],
-    out: Path,
+    options: tuple[Path, int, missing.Wanted],
     *,
     jobs: int,
-    threads: int,
     tick: Callable[[Sequence[tuple[Cell, Path]]], None],
 ) -> Iterator[Outcome]:
-    context = _context()
+    context, out = _context(), options[0]
     queue = list(waiting)
     running: dict[Any, tuple[Cell, Any]] = {}
     try:
         while queue or running:
             while queue and len(running) < jobs:
                 cell = queue.pop(0)
-                process = context.Process(target=work, args=(cell, out, threads), name=cell.name)
+                process = context.Process(target=work, args=(cell, *options), name=cell.name)
                 process.start()
                 running[process.sentinel] = (cell, process)
             for sentinel in wait(list(running), timeout=_POLL_SECONDS):
@@ -194,20 +208,22 @@ def _alone_in(out: Path) -> Iterator[None]:
 # ------------------------------------------------------------------------ in the process of a cell
 
 
-def work(cell: Cell, out: Path, threads: int) -> None:
+def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) -> None:
     """Run a cell, in a process of its own; leaves ``cell.json`` or ``error.json``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     _end_with_parent()
     folder = out / "cells" / cell.folder
-    # what an earlier attempt left, finished cells do not come here
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with (folder / "output.log").open("w") as log:
+    if not (folder / RECORD).is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier attempt left
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "output.log").open("a") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
     try:
         _limit_threads(threads)
-        write_json(folder / RECORD, _train(cell, out, threads))
+        if not (folder / RECORD).is_file():
+            write_json(folder / RECORD, _train(cell, out, threads))
+        _measure_missing(folder, missing_modality)
     except RecboleMMError as error:
         write_json(folder / ERROR, {"message": str(error)})
     except Exception as error:
@@ -253,6 +269,15 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
         "result": result,
         "cost": cost,
     }
+
+
+def _measure_missing(folder: Path, wanted: missing.Wanted) -> None:
+    record = json.loads((folder / RECORD).read_text())
+    found = missing.read(folder)
+    for name, percent in missing.still_to_do(folder, record, wanted):
+        result = missing.measure(folder / record["run"], name, percent)
+        found.setdefault(name, {})[f"{percent:g}"] = result
+        write_json(folder / missing.FILE, found)
 
 
 def fingerprint(protocol: Mapping[str, Any]) -> str:

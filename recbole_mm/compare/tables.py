@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from recbole_mm.compare import significance
+from recbole_mm.compare import missing, significance
 from recbole_mm.compare.cells import Outcome, fingerprint
 from recbole_mm.compare.plan import Row
 from recbole_mm.compare.significance import Comparison
@@ -97,6 +97,24 @@ class RowResult:
         """Mean test value of each seed over some of the test rows; NaN for none."""
         parts = [users.loc[chosen(users), metric] for users in self.users]
         return np.array([part.mean() if len(part) else np.nan for part in parts])
+
+    @cached_property
+    def missing(self) -> pd.DataFrame:
+        """Test results with a modality missing.
+
+        Returns:
+            ``modality``, ``percent``, ``seed``, ``error`` (empty where it went well) and a column
+            for each metric.
+        """
+        lines = [
+            {"modality": name, "percent": float(percent), "seed": outcome.cell.seed, **result}
+            for outcome in self.outcomes
+            for name, results in missing.read(outcome.folder).items()
+            for percent, result in results.items()
+        ]
+        frame = pd.DataFrame(lines, columns=None if lines else ["modality", "percent", "seed"])
+        frame["error"] = frame.get("error", pd.Series("", index=frame.index)).fillna("")
+        return frame.sort_values(["modality", "percent", "seed"], ignore_index=True)
 
     @property
     def reads(self) -> str:

@@ -42,6 +42,9 @@ def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], out: Path) -
         costs = frame_of_costs(tables)
         _write(out / "cost.csv", costs.to_csv(index=False))
         _write(out / "cost.md", _github(costs.drop(columns="seeds")) + "\n")
+        missing = _frame_of_missing(tables)
+        if len(missing):
+            _write(out / "missing.csv", missing.to_csv(index=False))
         _write(out / "cells.csv", _frame_of_cells(outcomes, out).to_csv(index=False))
         _write_parquet(tables, out)
     except OSError as error:
@@ -102,8 +105,28 @@ def _markdown_lines(tables: Sequence[Table]) -> Iterator[str]:
         yield ""
         for line in caption(table, _MARKDOWN):
             yield f"- {line}"
+        yield from _missing_lines(table)
         for failure in table.failures:
             yield f"- failed: {failure.cell.name}: {' '.join(str(failure.error).split())}"
+
+
+def _missing_lines(table: Table) -> Iterator[str]:
+    """A table of the metric that selects the epoch, if anything was measured."""
+    metric = table.metrics[0]
+    lines = []
+    for row in table.rows:
+        for modality, part in row.missing.groupby("modality"):
+            line = {"model": row.label, "missing at test": modality}
+            for percent, values in part.groupby("percent"):
+                failed = values["error"].any()
+                value = "failed" if failed else _with_spread(values[metric].to_numpy())
+                line[f"{percent:g} %"] = value
+            lines.append(line)
+    if lines:
+        yield ""
+        yield f"Test {metric} with a modality missing for some of the items that have it:"
+        yield ""
+        yield _github(pd.DataFrame(lines).fillna(""))
 
 
 def _github(frame: pd.DataFrame) -> str:
@@ -255,6 +278,20 @@ def frame_of_costs(tables: Iterable[Table]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(lines)
+
+
+def _frame_of_missing(tables: Iterable[Table]) -> pd.DataFrame:
+    parts = [
+        row.missing.assign(dataset=table.dataset, model=row.label)
+        for table in tables
+        for row in table.rows
+        if len(row.missing)
+    ]
+    if not parts:
+        return pd.DataFrame()
+    whole = pd.concat(parts, ignore_index=True)
+    first = ["dataset", "model", "modality", "percent", "seed"]
+    return whole[[*first, *whole.columns.difference(first, sort=False)]]
 
 
 def _frame_of_cells(outcomes: Sequence[Outcome], out: Path) -> pd.DataFrame:

@@ -34,8 +34,9 @@ def done(tmp_path_factory):
     file = out / "v.yaml"
     file.write_text("greedy: {min_coverage: 1.0}\n")
     arguments = [
-        *("compare", "--models=Pop,SASRecFast,MUFASA+greedy", "--datasets=tiny", "--seeds=1"),
+        *("compare", "--models=Pop,SASRecMM,MUFASA+greedy", "--datasets=tiny", "--seeds=1"),
         *(f"--out={out}", f"--variants={file}", "--jobs=2", *QUICK),
+        "--missing_modality=text:0,100",
     ]
     assert main(arguments) == 0
     return out, arguments, contents(out)
@@ -52,13 +53,13 @@ def test_the_table_stands_in_every_form(done):
     assert r"\textbf{" in tex
     assert "fingerprints items" in tex
     frame = pd.read_csv(out / "table.csv")
-    cell = frame.query("model == 'SASRecFast' and part == 'test' and metric == 'ndcg@10'")
-    (record,) = (out / "cells/tiny/SASRecFast").glob("*/cell.json")
+    cell = frame.query("model == 'SASRecMM' and part == 'test' and metric == 'ndcg@10'")
+    (record,) = (out / "cells/tiny/SASRecMM").glob("*/cell.json")
     result = json.loads(record.read_text())["result"]
     assert cell["mean"].item() == pytest.approx(result["test_result"]["ndcg@10"])
     cost = pd.read_csv(out / "cost.csv").set_index("model")
-    assert cost.loc["SASRecFast", "CPU s an epoch"] > 0
-    assert cost.loc["SASRecFast", "peak memory, MiB"] > 100
+    assert cost.loc["SASRecMM", "CPU s an epoch"] > 0
+    assert cost.loc["SASRecMM", "peak memory, MiB"] > 100
 
 
 def test_what_each_user_got_adds_up_to_the_table(done):
@@ -101,7 +102,7 @@ def test_a_failed_cell_is_reported_with_its_reason_and_stops_no_other(done):
     cells = pd.read_csv(out / "cells.csv").set_index("model")
     assert cells["state"].to_dict() == {
         "Pop": "finished",
-        "SASRecFast": "finished",
+        "SASRecMM": "finished",
         "MUFASA+greedy": "failed",
     }
     assert "min_coverage" in cells.loc["MUFASA+greedy", "error"]
@@ -143,7 +144,7 @@ def finished(out):
     from recbole_mm.compare.cells import read_outcome
     from recbole_mm.compare.plan import plan
 
-    cells = plan(["Pop", "SASRecFast"], ["tiny"], 1, command_line=QUICK)
+    cells = plan(["Pop", "SASRecMM"], ["tiny"], 1, command_line=QUICK)
     return [read_outcome(cell, out) for cell in cells]
 
 
@@ -154,6 +155,41 @@ def altered(outcome, field, value):
     record["result"]["protocol"][field] = value
     assert Protocol.from_dict(record["result"]["protocol"])
     return replace(outcome, record=record)
+
+
+def test_a_modality_can_be_missing_at_test(done):
+    """Nothing hidden is the test result; the planted answer is in the features."""
+    out, _, files = done
+    curve = pd.read_csv(out / "missing.csv")
+    assert set(curve["model"]) == {"SASRecMM"}
+    of_table = pd.read_csv(out / "table.csv").query("part == 'test' and metric == 'ndcg@10'")
+    whole = of_table.set_index("model").loc["SASRecMM", "mean"]
+    by_percent = curve.set_index("percent")["ndcg@10"]
+    assert by_percent[0] == pytest.approx(whole, abs=1e-6)
+    assert by_percent[100] < 0.8 * whole
+    assert "missing for some of the items" in files["table.md"].decode()
+
+
+def test_cold_items_get_a_column_of_their_own(tmp_path):
+    (table,) = compare(
+        ["Pop"], ["tiny"], out=tmp_path, cold_start=30, config_dict={"valid_metric": "MRR@20"}
+    )
+    assert "newest 30 % of the items cold" in table.protocol.split
+    users = pd.read_parquet(tmp_path / "users.parquet")
+    cold = users[users["target_count"] == 0]
+    assert 0 < len(cold) < len(users)
+    text = (tmp_path / "table.md").read_text()
+    assert f"cold mrr@20 ({len(cold)} targets)" in text
+    assert f"{cold['mrr@20'].mean():.4f}" in text
+
+
+@pytest.mark.parametrize("text", ["text:a", "text:101", ":5", "text:-1,2"])
+def test_percentages_of_a_missing_modality_are_checked(text):
+    from recbole_mm.compare.missing import parse
+
+    assert parse(["text:50,0", "image"]) == {"text": (0.0, 50.0), "image": (0, 25, 50, 75, 100)}
+    with pytest.raises(InputError, match="not of the form"):
+        parse([text])
 
 
 @pytest.mark.slow

@@ -1,0 +1,84 @@
+"""A trained model when a modality is missing for a share of the items at test.
+
+The best weights of a run are read back, the vectors of some items are hidden (`hidden_features`),
+and the test set is scored again: nothing is trained or chosen, so this is no second look at it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recbole_mm.errors import InputError, RecboleMMError
+
+FILE = "missing.json"
+PERCENTS = (0.0, 25.0, 50.0, 75.0, 100.0)
+
+Wanted = Mapping[str, Sequence[float]]
+"""By modality, for how many percent of the items that have it, it is to be missing."""
+
+
+def parse(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """What ``text:0,50,100`` and the like ask for; without numbers, 0, 25, 50, 75 and 100.
+
+    Raises:
+        InputError: If a number is none, or outside [0, 100].
+    """
+    wanted = {}
+    for text in texts:
+        name, _, numbers = text.partition(":")
+        try:
+            percents = tuple(float(number) for number in numbers.split(",")) if numbers else ()
+        except ValueError:
+            percents = (-1.0,)
+        if not name or any(not 0 <= percent <= 100 for percent in percents):
+            raise InputError(
+                f"--missing_modality: {text!r} is not of the form text:0,25,50,75,100, a modality "
+                "and percentages"
+            )
+        wanted[name] = tuple(sorted(set(percents))) or PERCENTS
+    return wanted
+
+
+def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """What a cell's folder has: by modality and percent, the test result or an ``error``."""
+    file = folder / FILE
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    if file.is_file():
+        found = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def still_to_do(
+    folder: Path, record: Mapping[str, Any], wanted: Wanted
+) -> Iterator[tuple[str, float]]:
+    """What is wanted of a finished cell, can be had of its model, and is not there yet."""
+    done = read(folder)
+    reads = {modality["name"] for modality in record["result"]["data"]["modalities"]}
+    for name, percents in wanted.items():
+        for percent in percents if name in reads else ():
+            if "error" in done.get(name, {}).get(f"{percent:g}", {"error": ""}):
+                yield name, percent
+
+
+def measure(run: Path, modality: str, percent: float) -> dict[str, Any]:
+    """Test result of a run's best weights with a modality missing; ``error`` where there is none.
+
+    Args:
+        run: A run folder.
+        modality: Name.
+        percent: Of the items that have it.
+    """
+    from recbole_mm.quick_start import open_run
+    from recbole_mm.trainer import trainer_class
+
+    try:
+        config, _, loaders, model = open_run(run, {"hidden_features": {modality: percent}})
+        trainer = trainer_class(config["MODEL_TYPE"], config["model"])(config, model, None)
+        trainer.eval_collector.data_collect(loaders[0])
+        result = trainer.evaluate(loaders[2], load_best_model=False)
+    except RecboleMMError as error:
+        return {"error": str(error)}
+    return {metric: float(value) for metric, value in result.items()}
