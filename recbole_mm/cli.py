@@ -48,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument(
         "--items", nargs="+", metavar="ITEM", help="items to show, by token (the most popular 20)"
     )
+    _add_tune(commands)
     commands.add_parser("models", help="list the models that run")
     _add_compare_arguments(commands)
     known, rest = parser.parse_known_args(arguments)
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _guarded(_print_models)
     if known.command == "compare":
         return _guarded(lambda: _compare(known, rest))
+    if known.command == "tune":
+        return _guarded(lambda: _tune(known, rest))
     if known.command == "explain":
         return _guarded(lambda: _explain(known, rest))
     return _guarded(lambda: _run(known, rest))
@@ -78,6 +81,32 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", "-m", help="a model of this package or of RecBole (MUFASA)")
     parser.add_argument("--dataset", "-d", help="folder name below data_path (ml-100k)")
     parser.add_argument("--config_files", default="", help='YAML files: "a.yaml b.yaml"')
+
+
+def _add_tune(commands: Any) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="search for hyper-parameters, by validation only",
+        description="Search for the configuration with the best validation score. The same command "
+        "continues an interrupted search.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_run_arguments(tune)
+    tune.add_argument("--engine", default="optuna", help="recbole, optuna or ray (optuna)")
+    tune.add_argument("--algo", default="bayes", help="exhaustive, random or bayes (bayes)")
+    tune.add_argument("--trials", type=int, help="how many (20; with exhaustive every combination)")
+    tune.add_argument(
+        "--params_file", help="search space in RecBole's hyper.test syntax (properties/hyper)"
+    )
+    tune.add_argument(
+        "--storage",
+        help="optuna: a database that several processes may share, sqlite:///study.db; ray: a "
+        "folder (inside --out)",
+    )
+    tune.add_argument("--seed", type=int, help="of the search and of every trial (2020)")
+    tune.add_argument("--out", default="tuned", help="folder of the results (tuned)")
 
 
 def _add_compare_arguments(commands: Any) -> None:
@@ -152,6 +181,36 @@ def _run(known: argparse.Namespace, rest: Sequence[str]) -> None:
     _print_result(result)
 
 
+def _explain(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    from recbole_mm.quick_start import explain_run
+
+    files = explain_run(known.run, known.items, command_line=rest)
+    print("\n".join(str(file) for file in files))  # noqa: T201
+
+
+def _tune(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    from recbole_mm.tuning import tune
+
+    files = known.config_files.split()
+    options = ("params_file", "engine", "algo", "trials", "storage", "seed", "out")
+    result = tune(
+        *_model_and_dataset(known, files),
+        config_file_list=files or None,
+        command_line=rest,
+        **{option: getattr(known, option) for option in options},
+    )
+    failed = f", {result['failed']} failed" if result["failed"] else ""
+    print(  # noqa: T201
+        f"\nbest of {result['trials']} trials{failed}: validation {result['valid_metric']} "
+        f"{result['best_valid_score']:.4f}"
+    )
+    print(tabulate(result["best"].items(), headers=["key", "value"]))  # noqa: T201
+    print(f"all trials: {result['folder']}")  # noqa: T201
+    place = "".join(f" {argument}" for argument in rest if argument.startswith("--data_path="))
+    command = f"recbole-mm run --config_files {result['config']}{place}"
+    print(f"score it on test: {command}")  # noqa: T201
+
+
 def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
     from recbole_mm.compare import compare, missing
 
@@ -186,13 +245,6 @@ def _seeds(text: str) -> int | list[int]:
     if not numbers or not all(number.isdigit() for number in numbers):
         raise InputError(f"--seeds: {text!r} is neither a number of seeds nor a list of seeds")
     return int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
-
-
-def _explain(known: argparse.Namespace, rest: Sequence[str]) -> None:
-    from recbole_mm.quick_start import explain_run
-
-    files = explain_run(known.run, known.items, command_line=rest)
-    print("\n".join(str(file) for file in files))  # noqa: T201
 
 
 def _model_and_dataset(

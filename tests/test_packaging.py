@@ -30,7 +30,9 @@ def test_every_shipped_file_matches_a_pattern():
     for name in ("properties", "dataset_atomic"):
         patterns = [p.strip() for p in data[f"recbole_mm.{name}"].split(",")]
         shipped = {p for pattern in patterns for p in (ROOT / name).glob(pattern)}
-        needed = set((ROOT / name).rglob("*.yaml")) | set((ROOT / "dataset_atomic/tiny").iterdir())
+        needed = {p for kind in ("yaml", "test") for p in (ROOT / name).rglob(f"*.{kind}")} | set(
+            (ROOT / "dataset_atomic/tiny").iterdir()
+        )
         assert {p for p in needed if p.is_relative_to(ROOT / name)} <= shipped
 
 

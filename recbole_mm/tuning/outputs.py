@@ -1,0 +1,161 @@
+"""What a search leaves: the best configuration, a table and a page of all trials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from recbole_mm.config import Config, _from_text
+from recbole_mm.errors import NumericalError
+from recbole_mm.tuning.search import NOT_RESULTS, Record, Search, write_text
+
+
+def write_outputs(search: Search, config: Config, records: Sequence[Record]) -> dict[str, Any]:
+    """Write table, page and best configuration; what :func:`recbole_mm.tuning.tune` returns.
+
+    Raises:
+        NumericalError: If every trial failed; table and page are written all the same.
+    """
+    best = search.best(records)
+    write_text(search.folder / "trials.csv", _table(records).to_csv(index=False))
+    write_text(search.folder / "trials.html", _page(search, records))
+    if best is None:
+        raise NumericalError(
+            f"all {len(records)} trials failed, the first with: {records[0]['error']}; "
+            "narrow the search space, learning_rate first"
+        )
+    record = records[best]
+    path = search.out / search.settings["dataset"] / f"{search.settings['model']}.yaml"
+    write_text(path, _best_yaml(search, config, records, best))
+    return {
+        "best": record["values"],
+        "best_valid_score": record["score"],
+        "best_valid_result": record["valid"],
+        "valid_metric": search.metric,
+        "trials": len(records),
+        "failed": sum(r["error"] is not None for r in records),
+        "config": str(path),
+        "folder": str(search.folder),
+    }
+
+
+def _best_yaml(search: Search, config: Config, records: Sequence[Record], best: int) -> str:
+    """The configuration of the best trial, and what every trial was given."""
+    settings, record = search.settings, records[best]
+    given = {k: v for k, v in _given(config).items() if k not in search.space}
+    head = (
+        f"# {settings['model']} on {settings['dataset']}: the best of {len(records)} trials by "
+        f"validation {search.metric}, {record['score']:.6f} (trial {best + 1}).\n"
+        f"# Engine {settings['engine']}, {settings['algo']}, seed {search.seed}; "
+        "the test set was not scored. Written by recbole-mm tune.\n"
+    )
+    names = {"model": settings["model"], "dataset": settings["dataset"]}
+    text = head + _yaml(names) + "\n# found\n" + _yaml(record["values"])
+    return text + ("\n# given to every trial\n" + _yaml(given) if given else "")
+
+
+def _given(config: Config) -> dict[str, Any]:
+    """What files, ``config_dict`` and command line said, but for machine, terminal and seed."""
+    values: dict[str, Any] = {}
+    final, known = config.resolved(), config.internal_config_dict
+    for key, value in config.external_config_dict.items():
+        if key in NOT_RESULTS or key in ("model", "dataset", "seed") or key not in final:
+            continue
+        typed = _from_text(value, known.get(key)) if isinstance(value, str) else value
+        # a list of modalities picks from what is declared elsewhere
+        values[key] = final[key] if key == "modalities" else typed
+    return values
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def _table(records: Sequence[Record]) -> pd.DataFrame:
+    rows = [
+        {
+            "trial": number,
+            "state": "complete" if record["error"] is None else "failed",
+            "score": record["score"],
+            **record["values"],
+            **{f"valid {name}": value for name, value in (record["valid"] or {}).items()},
+            **{key: record[key] for key in ("best_epoch", "epochs", "seconds", "error")},
+        }
+        for number, record in enumerate(records, 1)
+    ]
+    table = pd.DataFrame(rows)
+    return table[[c for c in table if c not in _LAST] + list(_LAST)]
+
+
+_LAST = ("best_epoch", "epochs", "seconds", "error")
+
+
+def _page(search: Search, records: Sequence[Record]) -> str:
+    """Score by trial with the best so far, and score by each parameter, as one HTML page."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    names = list(search.space)
+    figure = make_subplots(
+        rows=1 + -(-len(names) // 3),
+        cols=3,
+        specs=[[{"colspan": 3}, None, None]] + [[{}, {}, {}]] * -(-len(names) // 3),
+        subplot_titles=["", *names],
+        vertical_spacing=0.3 / (1 + -(-len(names) // 3)),
+    )
+    table = _table(records)
+    done = table[table["state"] == "complete"]
+    so_far = done["score"].cummax() if search.bigger else done["score"].cummin()
+    values = {name: [str(record["values"][name]) for record in records] for name in names}
+    hover = [
+        "<br>".join(f"{name} {values[name][i]}" for name in names) for i in range(len(records))
+    ]
+    texts = [hover[i] for i in done.index]
+    dots = {"mode": "markers", "showlegend": False, "text": texts, "hoverinfo": "text+y"}
+    figure.add_scatter(x=done["trial"], y=so_far, line_shape="hv", name="best so far", row=1, col=1)
+    figure.add_scatter(
+        x=done["trial"],
+        y=done["score"],
+        **{**dots, "showlegend": True, "name": "trial"},
+        row=1,
+        col=1,
+    )
+    failed = table[table["state"] == "failed"]
+    if len(failed) and len(done):
+        figure.add_scatter(
+            x=failed["trial"],
+            y=[done["score"].min()] * len(failed),
+            text=[f"failed: {record['error']}" for record in records if record["error"]],
+            hoverinfo="text",
+            mode="markers",
+            marker_symbol="x",
+            name="failed",
+            row=1,
+            col=1,
+        )
+    for index, name in enumerate(names):
+        row, col = 2 + index // 3, 1 + index % 3
+        parameter = search.space[name]
+        is_choice = parameter.kind == "choice"
+        x = [values[name][i] for i in done.index] if is_choice else done[name]
+        figure.add_scatter(x=x, y=done["score"], **dots, row=row, col=col)
+        if is_choice:
+            labels = [str(value) for value in parameter.values]
+            figure.update_xaxes(
+                type="category", categoryorder="array", categoryarray=labels, row=row, col=col
+            )
+        elif parameter.kind == "loguniform":
+            figure.update_xaxes(type="log", row=row, col=col)
+    figure.update_xaxes(title_text="trial", row=1, col=1)
+    figure.update_yaxes(title_text=f"validation {search.metric}", row=1, col=1)
+    figure.update_layout(
+        title=f"{search.settings['model']} on {search.settings['dataset']}: "
+        f"{len(records)} trials, {search.settings['engine']}, {search.settings['algo']}",
+        template="plotly_white",
+        height=400 + 260 * -(-len(names) // 3),
+    )
+    page: str = go.Figure(figure).to_html(include_plotlyjs=True, full_html=True)
+    return page

@@ -1,0 +1,232 @@
+"""A search: what one trial is, what is recorded of it, and what may continue an earlier search."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recbole_mm.config import Config
+from recbole_mm.errors import EnvironmentFault, InputError, NumericalError
+from recbole_mm.protocol import Protocol, assert_comparable
+from recbole_mm.quick_start import run
+from recbole_mm.tuning.space import Parameter
+
+NOT_RESULTS = frozenset(
+    {
+        *("checkpoint_dir", "data_path", "feature_cache_dir", "dataset_save_path", "device"),
+        *("dataloaders_save_path", "gpu_id", "use_gpu", "local_rank", "single_spec", "nproc"),
+        *("world_size", "ip", "port", "offset", "worker", "show_progress", "state", "log_wandb"),
+        *("wandb_project", "config_file", "config_files"),
+    }
+)
+"""Keys of the machine and the terminal, which change no number."""
+
+# a trial that ends with one of these is recorded, and the search goes on
+_FAILURES = (NumericalError, torch.cuda.OutOfMemoryError)
+
+Record = dict[str, Any]
+"""A trial as plain data: ``values``, ``score`` and ``valid`` (``None`` if it failed), ``error``
+(``None`` if it did not), ``best_epoch``, ``epochs``, ``seconds``, ``protocol``."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What every engine needs, as plain data, so that it can travel to another process.
+
+    Attributes:
+        files: Configuration files, absolute.
+        values: Configuration by key.
+        command_line: ``--key=value`` arguments.
+        space: The parameters, by key.
+        algo: ``exhaustive``, ``random`` or ``bayes``.
+        n_trials: How many trials count.
+        out: Folder of the results.
+        seed: Of the search and its trials.
+        metric: The validation metric that ranks trials.
+        bigger: Whether more of it is better.
+        show: Print a line for each trial.
+        use_gpu: Whether trials run on a GPU.
+        settings: What an earlier search must share to be continued; ``model`` and ``dataset`` too.
+    """
+
+    files: tuple[Path, ...]
+    values: Mapping[str, Any]
+    command_line: tuple[str, ...]
+    space: Mapping[str, Parameter]
+    algo: str
+    n_trials: int
+    out: Path
+    seed: int
+    metric: str
+    bigger: bool
+    show: bool
+    use_gpu: bool
+    settings: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where everything but the best configuration goes."""
+        return self.out.joinpath(self.settings["dataset"], self.settings["model"])
+
+    def begin(self) -> None:
+        """Make the folder, or refuse one that another search has begun.
+
+        Raises:
+            InputError: as :func:`check_same`
+        """
+        path = self.folder / "search.json"
+        if path.is_file():
+            check_same(json.loads(path.read_text(encoding="utf-8")), self.settings, self.folder)
+        else:
+            write_text(path, json.dumps(self.settings, indent=1) + "\n")
+
+    def configuration(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
+        """Values for the configuration, from the labels and numbers that an engine has drawn."""
+        return {name: parameter.value(drawn[name]) for name, parameter in self.space.items()}
+
+    def trial(
+        self,
+        values: Mapping[str, Any],
+        earlier: Iterable[Record] = (),
+        machine: Mapping[str, Any] | None = None,
+    ) -> Record:
+        """Train with these values, and score the best epoch on validation.
+
+        Args:
+            values: Configuration by key.
+            earlier: Records that must have been evaluated alike.
+            machine: Keys of :data:`NOT_RESULTS` to set.
+
+        Raises:
+            InputError: Also if the trial was evaluated in another way than an earlier one.
+        """
+        forced = {"show_progress": False, **(machine or {})}
+        started = time.perf_counter()
+        keys = ("score", "valid", "error", "best_epoch", "epochs", "seconds", "protocol")
+        record: Record = {"values": dict(values), **dict.fromkeys(keys)}
+        try:
+            result = run(
+                self.settings["model"],
+                self.settings["dataset"],
+                self.files,
+                {**self.values, **values, **forced},
+                saved=False,
+                score_test=False,
+                # what is forced must not lose to the command line
+                command_line=[a for a in self.command_line if _key(a) not in forced],
+            )
+        except _FAILURES as error:
+            seconds = round(time.perf_counter() - started, 2)
+            return {**record, "error": str(error), "seconds": seconds}
+        if not result["best_valid_result"]:
+            raise InputError(
+                f"a trial of {result['model']} on {result['dataset']} was not validated: no user "
+                "is long enough for a validation row, or eval_step exceeds epochs"
+            )
+        for other in earlier:
+            if other["protocol"] is not None:
+                protocols = (other["protocol"], result["protocol"])
+                assert_comparable(*(Protocol.from_dict(values) for values in protocols))
+                break
+        return {
+            **record,
+            "score": result["best_valid_score"],
+            "valid": {name: float(x) for name, x in result["best_valid_result"].items()},
+            "best_epoch": result["best_epoch"],
+            "epochs": result["epochs"],
+            "seconds": result["seconds"],
+            "protocol": result["protocol"],
+        }
+
+    def best(self, records: Sequence[Record]) -> int | None:
+        """Index of the record with the best validation score, the first of equal ones."""
+        scores = {i: r["score"] for i, r in enumerate(records) if r["error"] is None}
+        return (max if self.bigger else min)(scores, key=scores.__getitem__) if scores else None
+
+    def report(self, record: Record, records: Sequence[Record]) -> None:
+        """Print one line for ``record``, the last to come in of ``records``."""
+        if not self.show:
+            return
+        outcome = f"failed: {record['error']}"
+        if record["error"] is None:
+            outcome = f"valid {self.metric} {record['score']:.4f}"
+        best = self.best(records)
+        if best is not None:
+            outcome += f"  best {records[best]['score']:.4f}"
+        print(  # noqa: T201  (the progress of a search belongs on the terminal)
+            f"trial {len(records):>3} of {self.n_trials}  {outcome}  {record['seconds']:.1f} s  "
+            + spelled(record["values"]),
+            flush=True,
+        )
+
+
+def settings_of(
+    config: Config, space: Mapping[str, Parameter], engine: str, algo: str, n_trials: int
+) -> dict[str, Any]:
+    """Whatever changes the trials of a search, as plain data for JSON."""
+    values = config.resolved()
+    settings = {
+        "model": values.pop("model"),
+        "dataset": values.pop("dataset"),
+        "engine": engine,
+        "algo": algo,
+        "space": [f"{p.name} {p.kind} {list(p.values)}" for p in space.values()],
+        "config": {k: v for k, v in values.items() if k not in NOT_RESULTS and k not in space},
+    }
+    # ray keeps the number of trials with the state that it continues from
+    return {**settings, "trials": n_trials} if engine == "ray" else settings
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str | Path) -> None:
+    """Refuse to continue a search whose settings have changed.
+
+    Raises:
+        InputError: Naming what differs, with both values.
+    """
+    one, two = ({**s, **s["config"], "config": None} for s in (before, now))
+    differing = [
+        f"{key} ({one.get(key)!r} then, {two.get(key)!r} now)"
+        for key in dict.fromkeys([*one, *two])
+        if one.get(key) != two.get(key)
+    ]
+    if differing:
+        raise InputError(
+            f"{where} holds a search with other settings: {'; '.join(differing)}; "
+            "choose another --out and --storage, or delete it"
+        )
+
+
+def spelled(values: Mapping[str, Any]) -> str:
+    """Values of a trial for people."""
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+        for name, value in values.items()
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all.
+
+    Raises:
+        EnvironmentFault: If it cannot be written.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "free space or point --out at a folder that can be written"
+        ) from error
+
+
+def _key(argument: str) -> str:
+    return argument.removeprefix("--").partition("=")[0]
