@@ -19,6 +19,7 @@ Shapes: B users of a batch, N items, k length of the lists, P pairs of a row and
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -52,6 +53,8 @@ _LOG = logging.getLogger(__name__)
 # Scores that are in work at once on a CPU: more than the caches hold is slower, and so is an
 # allocation that the C library returns to the system after each batch (from 32 MiB on).
 _CPU_TILE = 16 << 20
+_ALIGNED = 64
+_MOST_ITEMS = 1 << 31
 # Users of a product, if there are that many: fewer are slower.
 _ROWS = 128
 # Scores, their copies while they are ranked, and the random numbers of ties.
@@ -95,11 +98,11 @@ def rank(
     """
     _, topk = top_k(chunks, users, k)
     hits = torch.zeros_like(topk, dtype=torch.bool)
-    if len(rows):
-        width = int(max(targets.max(), topk.max())) + 1
-        pairs = (rows * width + targets).sort().values
-        listed = torch.arange(len(users), device=topk.device)[:, None] * width + topk
-        near = torch.searchsorted(pairs, listed).clamp(max=len(pairs) - 1)
+    if rows.numel():
+        pairs = (rows * _MOST_ITEMS + targets).sort().values
+        row = torch.arange(topk.size(0), device=topk.device)[:, None]
+        listed = row * _MOST_ITEMS + topk
+        near = torch.searchsorted(pairs, listed).clamp_(max=pairs.numel() - 1)
         hits = (pairs[near] == listed) & (topk > 0)
     found = places(chunks, users, rows, targets) if placed else None
     return Ranked(users, topk, hits, rows, targets, found)
@@ -155,8 +158,9 @@ class Ranker:
         targets = _Pairs.of(positive_u, positive_i, self.device)
         masked = None if history is None else _Pairs.of(history[0], history[1], self.device)
         parts: list[Ranked] = []
-        done, step = 0, self._rows_at_once(len(users))
-        while done < len(users):
+        done, step = 0, self._rows_at_once(users.size(0))
+        n_rows = users.size(0)
+        while done < n_rows:
             try:
                 piece = [
                     rank(chunks, users[rows], *targets.of_rows(rows), k=k, placed=placed)
@@ -214,18 +218,18 @@ class Ranker:
         self, interaction: Interaction, start: int, stop: int, masked: _Pairs | None
     ) -> Iterator[tuple[slice, Chunks]]:
         """Rows of the batch and their scores, piece by piece; a piece lives until the next."""
-        stop = min(stop, len(interaction))
         batch = interaction[start:stop]
         if not self.multiplies:
             scores = self._predict(batch) if self.only_predicts else self._full_sort(batch)
             self._settle(scores, 0, start, masked)
-            yield slice(start, stop), lambda: ((0, scores),)
+            yield slice(start, start + scores.size(0)), lambda: ((0, scores),)
             return
         vectors = self.model.user_vectors(batch)  # (B, D)
         items = self.model.scoring_table()  # (N, D)
         n_rows = min(len(vectors), max(_ROWS, self.tile // self.n_items))
         width = min(self.n_items, max(_ROWS, self.tile // n_rows))
-        buffer = vectors.new_empty(n_rows * width)
+        # rows that begin at a cache line: the product takes twice as long where they do not
+        buffer = vectors.new_empty(n_rows, -(-width // _ALIGNED) * _ALIGNED)
         for first in range(0, len(vectors), n_rows):
             some = vectors[first : first + n_rows]
             rows = slice(start + first, start + first + len(some))
@@ -248,7 +252,7 @@ class Ranker:
                 return
             for start in range(0, self.n_items, width):
                 some = items[start : start + width]
-                scores = buffer[: len(vectors) * len(some)].view(len(vectors), len(some))
+                scores = buffer[: len(vectors), : len(some)]
                 torch.mm(vectors, some.T, out=scores)
                 self._settle(scores, start, first_row, masked)
                 if len(some) == self.n_items:
@@ -278,7 +282,7 @@ class Ranker:
         if start == 0:
             scores[:, 0] = 0.0
         # NaN and infinity reach the sum; a sum may overflow by itself
-        if not torch.isfinite(scores.sum()):
+        if not math.isfinite(scores.sum()):
             wrong = (~torch.isfinite(scores)).nonzero()
             if len(wrong):
                 row, item = wrong[0].tolist()
@@ -289,7 +293,7 @@ class Ranker:
         if start == 0:
             scores[:, 0] = -torch.inf
         if masked is not None:
-            rows, items = masked.of_rows(slice(first_row, first_row + len(scores)))
+            rows, items = masked.of_rows(slice(first_row, first_row + scores.size(0)))
             if scores.size(1) < self.n_items:
                 inside = (items >= start) & (items < start + scores.size(1))
                 rows, items = rows[inside], items[inside] - start
@@ -366,7 +370,7 @@ class Collector(RecBoleCollector):
             super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
             return
         ranked = scores_tensor
-        n_targets = torch.bincount(ranked.rows, minlength=len(ranked.users))
+        n_targets = torch.bincount(ranked.rows, minlength=ranked.users.size(0))
         if self.register.need("rec.items"):
             self.data_struct.update_tensor("rec.items", ranked.topk)
         if self.register.need("rec.topk"):
@@ -379,6 +383,22 @@ class Collector(RecBoleCollector):
             self.data_struct.update_tensor("rec.meanrank", torch.stack(columns, 1))
         if self.keeps:
             self.kept.append(ranked)
+
+    def get_data_struct(self) -> Any:
+        """What the evaluator needs; forgets what belongs to this evaluation.
+
+        RecBole 1.2.1 moves everything to the CPU, numbers and counters too, which fails: it cannot
+        compute the metrics of coverage, popularity and diversity. Bound: RecBole > 1.2.1.
+        """
+        held = self.data_struct._data_dict
+        plain = {key: value for key, value in held.items() if not isinstance(value, Tensor)}
+        for key in plain:
+            del self.data_struct[key]
+        struct = super().get_data_struct()
+        for key, value in plain.items():
+            struct.set(key, value)
+            self.data_struct.set(key, value)
+        return struct
 
     def take(self, dataset: Any) -> PerUser:
         """What was kept, as results of single users; forgets it."""

@@ -14,7 +14,7 @@ Shapes: B rows, C items of a chunk, N items, k length of the lists, P pairs of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -122,11 +122,18 @@ def places(chunks: Chunks, users: Tensor, rows: Tensor, items: Tensor) -> Places
             same = _count(torch.eq(row, goals[part], out=work))
             equal[part] += same
             tied = (same > itself[part]) & (goals[part, 0] > -torch.inf)
-            for pair in torch.split(part[tied], max(1, len(users) // 8)):
+            for pair in _few(part[tied], len(users)):
                 first = tie_keys(users[rows[pair], None], ids) < keys[pair, None]
                 first &= scores[rows[pair]] == goals[pair]
                 earlier[pair] += first.sum(1)
     return Places((above + earlier + 1).long(), above + (equal + 1) / 2, n_candidates)
+
+
+def _few(rows: Tensor, n_rows: int) -> Iterator[Tensor]:
+    """Rows in portions: the random numbers of ties take eight times the memory of the scores."""
+    step = max(1, n_rows // 8)
+    for start in range(0, rows.size(0), step):
+        yield rows[start : start + step]
 
 
 def _count(flags: Tensor) -> Tensor:
@@ -140,8 +147,7 @@ def _top_k_of_chunk(scores: Tensor, start: int, users: Tensor, k: int) -> tuple[
     items += start
     tied = ((values[:, 1:] == values[:, :-1]) & (values[:, 1:] > -torch.inf)).any(1)
     values, items = values[:, :k].clone(), items[:, :k].clone()
-    # ties need about eight times the memory of the scores
-    for rows in torch.split(tied.nonzero().squeeze(1), max(1, len(users) // 8)):
+    for rows in _few(tied.nonzero().squeeze(1), users.size(0)):
         values[rows], items[rows] = _tied_top_k(
             scores[rows], start, users[rows], values[rows], items[rows]
         )
