@@ -248,7 +248,7 @@ class _Reader:
     def _scan(self) -> None:
         separator = self.separator.encode()
         row = separator * (len(self.names) - 1) + b"\n"  # a line without its text
-        text = bytes(set(range(256)) - set(row))
+        text = bytes(set(range(256)) - set(separator + b"\n"))
         lines = returns = returns_at_end = 0
         while block := self.file.read(_BLOCK) + self.file.readline():
             if not block.endswith(b"\n"):

@@ -264,6 +264,12 @@ def test_short_or_long_row_is_refused_with_its_line(write, row, n, columns):
     refuses(path, "line 6", f"{n} fields", "4", repr(row), columns=columns)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_row_of_a_one_column_file_has_one_field(write, end):
+    refuses(write(f"i:token{end}a{end}b\tc{end}d{end}"), "line 3", "2 fields", repr("b\tc"))
+    assert read_atomic(write(f"i:token{end}a b{end}c{end}")).frame["i"].tolist() == ["a b", "c"]
+
+
 def test_rows_whose_lengths_make_up_for_each_other_are_refused(write):
     refuses(write("a:token\tb:token\nx\ny\tz\tw\n"), "line 2")
 
