@@ -16,6 +16,8 @@ canonical form (ids inside the file), and the declaration becomes ``{path: <that
 ``categories``  ``{dataset}.item``     multi-hot, or its SVD (:func:`_categories`)
 ==============  =====================  =====================================================
 
+``min_coverage`` beside ``derive`` goes into the resulting declaration as it is.
+
 The fit sees every item of the data set, those of the validation and test targets included: it
 reads content, never an interaction, so that nothing of the answer leaks. The result does not
 depend on the interactions that a run keeps, and one cache file serves them all.
@@ -64,6 +66,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "knowledge": {"dim": 64},
     "categories": {"field": None, "dim": 16},
 }
+_PASSED_ON = ("min_coverage",)  # judges the vectors, does not shape them: no part of the cache key
 _FILES = {"text": ("item",), "knowledge": ("kg", "link"), "categories": ("item",)}
 _TFIDF_WIDTH = 128
 
@@ -216,10 +219,11 @@ def resolve_declarations(
             resolved[name] = declaration  # not ours to judge
             continue
         try:
-            options = _checked(declaration)
+            passed_on = {k: v for k, v in declaration.items() if k in _PASSED_ON}
+            options = _checked({k: v for k, v in declaration.items() if k not in _PASSED_ON})
             files = {suffix: _existing(source, suffix) for suffix in _FILES[options["derive"]]}
             job = _Job(name, options, source, files, tokens, progress)
-            resolved[name] = {"path": str(_derived_file(job, cache.absolute()))}
+            resolved[name] = {"path": str(_derived_file(job, cache.absolute())), **passed_on}
         except (InputError, EnvironmentFault) as error:
             raise type(error)(f"modalities.{name}: {error}") from error
         except OSError as error:

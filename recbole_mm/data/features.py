@@ -55,6 +55,8 @@ class Declaration:
         column: Column of the vectors in a table with several.
         nan: ``error``, or ``mask``: a vector with NaN or Inf counts as missing.
         zero: ``keep`` (with a warning), or ``mask``: an all-zero vector counts as missing [ours].
+        min_coverage: Least share of the items, in [0, 1], that must have a vector of this
+            modality; ``None`` for the ``min_coverage`` of all modalities [ours].
     """
 
     path: str
@@ -65,6 +67,7 @@ class Declaration:
     column: str | None = None
     nan: str = "error"
     zero: str = "keep"
+    min_coverage: float | None = None
 
 
 @dataclass(frozen=True)
@@ -285,17 +288,15 @@ def load_features(
         tokens: ``(N,)``; ``tokens[i]`` is the token of internal id ``i``, ``tokens[0]`` is padding.
         dataset_name: Replaces ``{dataset}`` in paths.
         dataset_path: Folder of the dataset; relative paths start here and must stay inside.
-        min_coverage: Least share of the items, in [0, 1], that must have a vector.
+        min_coverage: Least share of the items, in [0, 1], that must have a vector, for each
+            modality whose declaration sets none of its own.
 
     Raises:
         InputError: For whatever is wrong with a declaration or a file; the message names the
             modality, the file, the row or token, and the mend.
         EnvironmentFault: If a file cannot be read or a package is missing.
     """
-    if isinstance(min_coverage, bool) or not isinstance(min_coverage, (int, float)):
-        raise InputError(f"min_coverage: {min_coverage!r} is not a number; set one in [0, 1]")
-    if not 0 <= min_coverage <= 1:
-        raise InputError(f"min_coverage: {min_coverage} is outside [0, 1]")
+    _check_share(min_coverage)
     tokens = [str(token) for token in tokens]
     if declarations and len(tokens) < 2:
         raise InputError(f"dataset {dataset_name} has no item to match features with")
@@ -309,6 +310,13 @@ def load_features(
         except InputError as error:
             raise InputError(f"modalities.{name}: {error}") from error
     return FeatureTable(modalities, len(tokens))
+
+
+def _check_share(min_coverage: object) -> None:
+    if isinstance(min_coverage, bool) or not isinstance(min_coverage, (int, float)):
+        raise InputError(f"min_coverage: {min_coverage!r} is not a number; set one in [0, 1]")
+    if not 0 <= min_coverage <= 1:
+        raise InputError(f"min_coverage: {min_coverage} is outside [0, 1]")
 
 
 def _declaration(name: str, raw: Mapping[str, Any]) -> Declaration:
@@ -333,6 +341,8 @@ def _declaration(name: str, raw: Mapping[str, Any]) -> Declaration:
         if key == "dim":
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"dim: {value!r}; set a positive whole number")
+        elif key == "min_coverage":
+            _check_share(value)
         elif not isinstance(value, str) or not value:
             raise InputError(f"{key}: {value!r} is not text; put it in quotes")
     if "path" not in given:
@@ -418,7 +428,8 @@ def _load(
         ids=ids,
         stamp=stamp,
     )
-    _check_coverage(report, tokens, present, min_coverage)
+    required = min_coverage if declared.min_coverage is None else declared.min_coverage
+    _check_coverage(report, tokens, present, required)
     rows = torch.where(present, rows, 0)
     return ModalityFeatures(name, file.values, rows, present, report)
 

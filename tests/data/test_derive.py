@@ -415,13 +415,16 @@ def test_derived_files_are_what_the_loader_reads(world):
     tokens = ["[PAD]", "e", "a", "f", "b"]
     common = {"dataset_name": "toy", "dataset_path": world.folder}
     declared = resolve_declarations(
-        {"text": TEXT, "genres": {**GENRES, "dim": 3}},
+        {
+            "text": {**TEXT, "min_coverage": 0.7},
+            "genres": {**GENRES, "dim": 3, "min_coverage": 0.7},
+        },
         tokens=tokens,
         cache_dir=os.path.relpath(world.cache),
         progress=False,
         **common,
     )
-    table = load_features(declared, tokens, min_coverage=0.7, **common)
+    table = load_features(declared, tokens, min_coverage=1.0, **common)
     assert table.names == ("text", "genres")
     assert table.present.tolist() == [[False] * 2, [True] * 2, [True] * 2, [False] * 2, [True] * 2]
     row = table["genres"].rows[4]

@@ -226,6 +226,20 @@ def test_case_16_accepted_coverage_is_a_warning_and_a_mask(tmp_path, caplog):
     assert "3 of 4 items have a vector (75.0%); first without one: 'b'" in caplog.text
 
 
+def test_coverage_of_one_modality_may_be_another(tmp_path):
+    npz(tmp_path, ITEMS[1:], VALUES, "whole.npz")
+    npz(tmp_path, ITEMS[1:3], VALUES[:2], "half.npz")
+    whole = {"path": "whole.npz", "min_coverage": 1}
+    table = load_all(
+        tmp_path,
+        {"text": whole, "image": {"path": "half.npz", "min_coverage": 0.5}},
+        min_coverage=0.9,
+    )
+    assert [report.matched for report in table.reports] == [4, 2]
+    with pytest.raises(InputError, match=r"modalities\.image: .*`min_coverage` \(now 0\.6\)"):
+        load_all(tmp_path, {"image": {"path": "half.npz", "min_coverage": 0.6}}, min_coverage=0)
+
+
 def test_full_coverage_is_no_warning(tmp_path, caplog):
     npz(tmp_path, ITEMS[1:], VALUES)
     load(tmp_path, path="f.npz")
@@ -532,6 +546,8 @@ def test_case_28_braces_in_a_path_are_not_evaluated(tmp_path):
         ({"path": "f.npz", "index": "tokens"}, "index: 'tokens'; set one of token, token-1"),
         ({"path": "f.npz", "nan": "drop"}, "nan: 'drop'; set one of error, mask"),
         ({"path": "f.npz", "zero": []}, r"zero: \[\]; set one of keep, mask"),
+        ({"path": "f.npz", "min_coverage": 1.5}, "min_coverage: 1.5 is outside"),
+        ({"path": "f.npz", "min_coverage": "all"}, "min_coverage: 'all' is not a number"),
         ({"path": "f.npz", "index": "token"}, "names its items itself; remove `index`"),
         ({"path": "f.npz", "ids": "ids.txt"}, "names its items itself; remove `ids`"),
         ({"path": "f.npz", "column": "v"}, "column: 'v', but a npz file has none"),
