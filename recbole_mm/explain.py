@@ -44,6 +44,7 @@ ACTIVITY = (5, 10, 20, 50, 100, 200)
 _FOLDER = "explain"
 _BATCH = 1024  # histories at once
 _MOST_ROWS = 30  # of a plot; the CSV has all
+_NARROWEST = 0.1  # range of an axis without zero
 # Okabe and Ito's colours: told apart by readers of every colour vision; shapes and dashes besides
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -268,7 +269,7 @@ def _draw(table: Table, path: Path) -> None:
         panels = [(str(key), part) for key, part in frame.groupby(table.panel, sort=True)]
     rows = max(len(part) for _, part in panels)
     height = 1.7 + 0.28 * min(rows, _MOST_ROWS) if table.kind == "groups" else 4.0
-    figure = Figure(figsize=(3.2 + 3.6 * len(panels), height), layout="constrained")
+    figure = Figure(figsize=(3.6 + 3.6 * len(panels), height), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
     for axis, (key, part) in zip(axes, panels, strict=True):
         {"groups": _draw_groups, "lines": _draw_lines, "spread": _draw_spread}[table.kind](
@@ -304,9 +305,7 @@ def _draw_groups(axis: Axes, frame: pd.DataFrame, table: Table) -> None:
     names = [f"{_short(row[0])}  ({row[1]:,})" for row in shown[[label, count]].to_numpy()]
     axis.set_yticks(place, names, parse_math=False)  # a dollar sign is one
     axis.set_ylim(len(shown) - 0.5, -0.5)
-    drawn = table.frame[list(table.values)].to_numpy()  # of all panels
-    if 2 * drawn.min() < drawn.max():  # else the differences would not be seen
-        axis.set_xlim(0, 1.05 * drawn.max())
+    axis.set_xlim(*_range((shown if table.panel is None else table.frame)[list(table.values)]))
     axis.grid(axis="x", color="0.9")
     axis.grid(axis="y", color="0.93")
     axis.set_axisbelow(True)
@@ -316,6 +315,15 @@ def _draw_groups(axis: Axes, frame: pd.DataFrame, table: Table) -> None:
         + (f", {left_out} more in the CSV" if left_out else "")
     )
     axis.set_xlabel(table.axis)
+
+
+def _range(values: pd.DataFrame) -> tuple[float, float]:
+    """From zero if that leaves the differences visible; never so narrow that it exaggerates."""
+    low, high = float(values.min().min()), float(values.max().max())
+    if 2 * low < high:
+        return 0.0, 1.05 * high
+    margin = max(0.05 * (high - low), (_NARROWEST - high + low) / 2)
+    return low - margin, high + margin
 
 
 def _draw_lines(axis: Axes, frame: pd.DataFrame, table: Table) -> None:

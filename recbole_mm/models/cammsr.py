@@ -231,19 +231,19 @@ class CAMMSR(MultimodalSequentialRecommender):
             mean = weights.double().sum(1) / length[:, None]  # padding weighs zero
             frame = pd.DataFrame(mean.numpy(), columns=names)
             users.append(frame.assign(history_length=length.numpy()))
-        what = "mean weight of a modality in the fusion (CAMMSR, test histories)"
+        what = "mean weight of a modality"
         return {
             "modality_by_category": Table(
                 by_category(
                     totals.numpy(), counts.numpy(), names, material.categories, "positions"
                 ),
-                "Modality weights by category of the item",
+                "CAMMSR, test histories: modalities by category",
                 self.modality_names,
                 what,
             ),
             "modality_by_activity": Table(
                 by_activity(pd.concat(users), names),
-                "Modality weights by length of the history",
+                "CAMMSR, test histories: modalities by user activity",
                 self.modality_names,
                 what,
             ),

@@ -273,7 +273,7 @@ class MDSRec(MultimodalSequentialRecommender):
             ``fusion: concat``, which has none.
         """
         tables = {
-            "neighbours": Table(self._neighbour_frame(material), "Nearest neighbours of items")
+            "neighbours": Table(self._neighbour_frame(material), "MDSRec: nearest neighbours")
         }
         if self.graphs.modal:
             overlap = pd.DataFrame(
@@ -282,7 +282,7 @@ class MDSRec(MultimodalSequentialRecommender):
             )
             tables["graph_overlap"] = Table(
                 overlap,
-                "Overlap of item graphs",
+                "MDSRec: overlap of the item graphs",
                 tuple(overlap.columns[1:]),
                 "mean Jaccard index of the k nearest neighbours",
                 kind="lines",
@@ -308,14 +308,18 @@ class MDSRec(MultimodalSequentialRecommender):
             weights.insert(1, "history_length", self.histories(batch)[1].cpu().numpy())
             parts.append(weights)
         users = pd.concat(parts, ignore_index=True)
-        what = "weight of a modality in the score (MDSRec, test histories)"
+        what = "weight of a modality in the score"
         return {
             "modality_by_user": Table(
-                users, "Modality weights of users", self.modality_names, what, kind="spread"
+                users,
+                "MDSRec, test histories: modalities by user",
+                self.modality_names,
+                what,
+                kind="spread",
             ),
             "modality_by_activity": Table(
                 by_activity(users, names),
-                "Modality weights by length of the history",
+                "MDSRec, test histories: modalities by user activity",
                 self.modality_names,
                 f"mean {what}",
             ),

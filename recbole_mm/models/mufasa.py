@@ -218,17 +218,17 @@ class MUFASA(MultimodalSequentialRecommender):
                     material.categories,
                     "items",
                 ),
-                "Attention of the fusion layer by category",
+                "MUFASA, all items: fusion by category",
                 names,
-                "mean attention weight of a modality (MUFASA, all items)",
+                "mean attention to a modality",
             )
         gates = self._gate_frame(material)
         branches = self.encoder.branches
         tables["gates_by_activity"] = Table(
             by_activity(gates, branches, panel="layer"),
-            "Gates of the sparse attention by length of the history",
+            "MUFASA, test histories: gates of the sparse attention by user activity",
             branches,
-            "mean gate of a branch (MUFASA, test histories)",
+            "mean gate of a branch",
             panel="layer",
         )
         return tables
