@@ -53,8 +53,8 @@ _LOG = logging.getLogger(__name__)
 # Scores that are in work at once on a CPU: more than the caches hold is slower, and so is an
 # allocation that the C library returns to the system after each batch (from 32 MiB on).
 _CPU_TILE = 16 << 20
-_ALIGNED = 64
-_MOST_ITEMS = 1 << 31
+_ALIGNED = 64  # scores, four cache lines
+_MOST_ITEMS = 1 << 31  # of a catalogue, where a pair of row and item is one number
 # Users of a product, if there are that many: fewer are slower.
 _ROWS = 128
 # Scores, their copies while they are ranked, and the random numbers of ties.
@@ -158,9 +158,10 @@ class Ranker:
         targets = _Pairs.of(positive_u, positive_i, self.device)
         masked = None if history is None else _Pairs.of(history[0], history[1], self.device)
         parts: list[Ranked] = []
-        done, step = 0, self._rows_at_once(users.size(0))
         n_rows = users.size(0)
+        done, step = 0, self._rows_at_once(n_rows)
         while done < n_rows:
+            piece: list[Ranked] | None = None
             try:
                 piece = [
                     rank(chunks, users[rows], *targets.of_rows(rows), k=k, placed=placed)
@@ -169,12 +170,13 @@ class Ranker:
             except torch.cuda.OutOfMemoryError:
                 if step == 1:
                     raise
-                step = self.most_rows = max(1, step // 2)
+            if piece is None:  # out here, where the error holds no tensors any more
+                step = self.most_rows = step // 2
                 _LOG.warning("evaluation: out of device memory, going on with %d users", step)
                 torch.cuda.empty_cache()
-                continue
-            parts += piece
-            done += step
+            else:
+                parts += piece
+                done += step
         return _joined(parts)
 
     def sampled(

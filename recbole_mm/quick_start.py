@@ -149,9 +149,7 @@ def _make(config: Config) -> _Made:
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
     _check_topk(config, dataset.item_num - 1)
-    if config["MODEL_TYPE"] != ModelType.SEQUENTIAL:
-        # RecBole counts users x items here for these models; the key means users for every model
-        config["eval_batch_size"] *= dataset.item_num
+    config["eval_batch_size"] *= _eval_batch_unit(config, dataset.item_num)
     loaders = data_preparation(config, dataset)
     rules = protocol.describe(config, tuple(loader._dataset for loader in loaders))
     if not rules.test_users:
@@ -168,6 +166,15 @@ def _make(config: Config) -> _Made:
         # the parts of a model check their sizes and choices where they use them
         raise InputError(f"{config['model']}: {error}") from error
     return _Made(dataset, loaders, rules, net, _data_summary(config, dataset))
+
+
+def _eval_batch_unit(config: Config, n_items: int) -> int:
+    """What RecBole counts for one user in ``eval_batch_size``, which here means users."""
+    modes = set(config["eval_args"]["mode"].values())
+    if "full" in modes:
+        return 1 if config["MODEL_TYPE"] == ModelType.SEQUENTIAL else n_items
+    # pairs of a user and a candidate; interactions that have labels count as they are
+    return max((1 + int(mode[3:]) for mode in modes if mode != "labeled"), default=1)
 
 
 def _run(config: Config, *, saved: bool, score_test: bool) -> dict[str, Any]:

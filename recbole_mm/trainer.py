@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from recbole.trainer import Trainer
-from recbole.utils import ModelType, get_trainer
+from recbole.utils import EvaluatorType, ModelType, get_trainer
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -301,7 +301,7 @@ class TrainerMixin:
 
     def _neg_sample_batch_eval(self, batched_data: Any) -> Any:
         interaction, scores, *positives = super()._neg_sample_batch_eval(batched_data)  # type: ignore[misc]
-        if batched_data[1] is not None:  # None: a value metric, with a score for each row
+        if self.config["eval_type"] == EvaluatorType.RANKING:
             scores = self._ranker.sampled(
                 scores, interaction, batched_data[1], *positives, **self.eval_collector.wants
             )

@@ -24,6 +24,7 @@ from recbole_mm.errors import InputError, NumericalError
 from recbole_mm.evaluation import Collector, PerUser, Ranker, per_user
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.ops.ranking import places, tie_keys, top_k
+from recbole_mm.quick_start import _eval_batch_unit
 
 RANKING = sorted(name for name, kind in metric_types.items() if kind == EvaluatorType.RANKING)
 
@@ -409,6 +410,25 @@ def test_case_34_a_score_that_is_not_finite_is_named(value):
     table[6, 521], table[:, 0] = 3e38, math.nan  # padding is nobody's business
     table[6, 520] = 3e38  # nor is a sum that overflows
     assert ranker(Scores(table), 600, config)(batch, k=5, placed=False).topk.shape == (9, 5)
+
+
+@pytest.mark.parametrize(
+    ("model", "mode", "unit"),
+    [
+        ("SASRec", "full", 1),
+        ("BPR", "full", 121),
+        ("SASRec", "uni20", 21),
+        ("BPR", "pop20", 21),
+        ("BPR", "{valid: uni20, test: full}", 121),
+        ("FM", "labeled", 1),
+    ],
+)
+def test_a_batch_has_eval_batch_size_users_in_every_mode(model, mode, unit):
+    arguments = f"{{split: {{LS: valid_and_test}}, order: TO, group_by: user, mode: {mode}}}"
+    values = {"eval_args": arguments, "eval_batch_size": 32}
+    if mode == "labeled":
+        values |= {"metrics": "[AUC]", "valid_metric": "AUC"}
+    assert _eval_batch_unit(Config(model, "tiny", config_dict=values), 121) == unit
 
 
 # ------------------------------------------------------------------ results of single users
