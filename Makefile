@@ -20,6 +20,7 @@ test-slow: $(VENV)/installed-test
 check: $(VENV)/installed-check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit -q -r recbole_mm run_recbole_mm.py
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

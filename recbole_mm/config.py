@@ -56,13 +56,25 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _plain_data(text: str) -> Any:
+    """What a YAML text holds.
+
+    Raises:
+        yaml.YAMLError: If that is not plain data. PyYAML raises other errors too, for example
+            ValueError for the date 2020-13-45.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  # nosec B506  (a SafeLoader)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(str(error)) from error
+
+
 def parse_value(text: str) -> Any:
     """A command-line value as a YAML scalar, list or mapping; text that is no YAML stays text."""
     if text in ("None", "none"):
         return None
     try:
-        # the loader is a SafeLoader
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506
+        value = _plain_data(text)
     except yaml.YAMLError:
         return text
     return text if isinstance(value, (bytes,)) or _is_date(value) else value
@@ -316,7 +328,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"config file {path}: cannot be read ({error}); check the path") from error
     try:
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
+        values = _plain_data(text)
     except yaml.YAMLError as error:
         raise InputError(
             f"config file {path}: not valid YAML, or not plain data: {error}"

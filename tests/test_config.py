@@ -72,6 +72,19 @@ def test_yaml_files_cannot_build_objects(tmp_path):
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("text", ["2020-13-45", "0x_", "!!timestamp 'x'", "[" * 3000])
+def test_what_trips_the_yaml_parser_is_text_or_refused(tmp_path, text):
+    assert parse_value(text) == text
+    file = tmp_path / "odd.yaml"
+    file.write_text(f"seed: {text}\n")
+    refused(r"odd\.yaml: not valid YAML", files=[file])
+
+
+@pytest.mark.parametrize("name", ["../tiny", "/tmp/tiny", "..", "a/b", "."])
+def test_a_data_set_cannot_be_named_by_a_path(name):
+    refused("plain folder name", dataset=name)
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [

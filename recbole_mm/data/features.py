@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ CHOICES = {
     "zero": ("keep", "mask"),
 }
 ABSENT = -1
+PADDING = "[PAD]"  # RecBole's token of internal id 0
 
 
 @dataclass(frozen=True)
@@ -320,9 +322,14 @@ def _check_share(min_coverage: object) -> None:
 
 
 def _declaration(name: str, raw: Mapping[str, Any]) -> Declaration:
-    if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
+    # a modality names parts of the model (no dots, no method of a ModuleDict) and files (no slash)
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[\w -]+", name)
+        or hasattr(nn.ModuleDict(), name)
+    ):
         raise InputError(
-            f"{name!r} cannot name a modality: it names a part of the model; "
+            f"{name!r} cannot name a modality: it names a part of the model and files; "
             "use a plain word such as text or image"
         )
     if name == "id":
@@ -555,7 +562,7 @@ def _off_by_one(extra: int) -> str:
 
 def _without_padding(tokens: list[str], rows: list[int], ids: Path) -> tuple[list[str], list[int]]:
     """Row 0 of a RecBole matrix is padding and belongs to no item."""
-    kept = [(token, row) for token, row in zip(tokens, rows, strict=True) if token != "[PAD]"]  # noqa: S105
+    kept = [(token, row) for token, row in zip(tokens, rows, strict=True) if token != PADDING]
     for token, row in kept:
         if row == 0:
             raise InputError(

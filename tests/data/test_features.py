@@ -565,7 +565,9 @@ def test_wrong_declaration_is_refused_with_the_key(tmp_path, declaration, messag
         load_all(tmp_path, {"text": declaration})
 
 
-@pytest.mark.parametrize("name", ["id", "a.b", "", "type", "values", "training", 3])
+@pytest.mark.parametrize(
+    "name", ["id", "a.b", "", "type", "values", "training", 3, "/tmp", "a/b", "a\\b", "a\n"]
+)
 def test_name_that_a_model_cannot_hold_is_refused(tmp_path, name):
     npz(tmp_path, ITEMS[1:], VALUES)
     with pytest.raises(InputError, match="name"):
