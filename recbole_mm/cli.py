@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,9 +206,10 @@ def _tune(known: argparse.Namespace, rest: Sequence[str]) -> None:
         f"{result['best_valid_score']:.4f}"
     )
     print(tabulate(result["best"].items(), headers=["key", "value"]))  # noqa: T201
-    print(f"all trials: {result['folder']}")  # noqa: T201
+    folder, config = (os.path.relpath(result[key]) for key in ("folder", "config"))
+    print(f"all trials: {folder}")  # noqa: T201
     place = "".join(f" {argument}" for argument in rest if argument.startswith("--data_path="))
-    command = f"recbole-mm run --config_files {result['config']}{place}"
+    command = f"recbole-mm run --config_files {config}{place}"
     print(f"score it on test: {command}")  # noqa: T201
 
 

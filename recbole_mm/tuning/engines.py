@@ -246,6 +246,7 @@ def _study(search: Search, optuna: Any, storage: str | None) -> tuple[Any, Calla
         study = optuna.create_study(
             storage=optuna.storages.RDBStorage(
                 url,
+                # several processes write: wait for each other
                 engine_kwargs={"connect_args": {"timeout": 60}} if "sqlite" in url else None,
                 heartbeat_interval=HEARTBEAT_SECONDS,
                 grace_period=GRACE_SECONDS,
@@ -358,7 +359,8 @@ def by_ray(search: Search, ray: Any, storage: str | None) -> list[Record]:
             )
         results = tuner.fit()
         for error in results.errors:
-            raise InputError(f"a trial has stopped the search: {error}")
+            # what the trial raised, without the traceback of the other process
+            raise getattr(error, "cause", None) or error
         return [json.loads(result.metrics["record"]) for result in results]
 
 

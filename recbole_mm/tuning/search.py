@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,14 +94,15 @@ class Search:
     def trial(
         self,
         values: Mapping[str, Any],
-        earlier: Iterable[Record] = (),
+        earlier: Sequence[Record] = (),
         machine: Mapping[str, Any] | None = None,
     ) -> Record:
         """Train with these values, and score the best epoch on validation.
 
         Args:
             values: Configuration by key.
-            earlier: Records that must have been evaluated alike.
+            earlier: Records that must have been evaluated alike; with any, what the data warn of
+                is not said again.
             machine: Keys of :data:`NOT_RESULTS` to set.
 
         Raises:
@@ -110,7 +112,11 @@ class Search:
         started = time.perf_counter()
         keys = ("score", "valid", "error", "best_epoch", "epochs", "seconds", "protocol")
         record: Record = {"values": dict(values), **dict.fromkeys(keys)}
+        log = logging.getLogger("recbole_mm")
+        level = log.level
         try:
+            if earlier:
+                log.setLevel(logging.ERROR)
             result = run(
                 self.settings["model"],
                 self.settings["dataset"],
@@ -124,6 +130,8 @@ class Search:
         except _FAILURES as error:
             seconds = round(time.perf_counter() - started, 2)
             return {**record, "error": str(error), "seconds": seconds}
+        finally:
+            log.setLevel(level)
         if not result["best_valid_result"]:
             raise InputError(
                 f"a trial of {result['model']} on {result['dataset']} was not validated: no user "

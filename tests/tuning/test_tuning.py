@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,6 +22,7 @@ from recbole_mm import registry, tuning
 from recbole_mm.cli import main
 from recbole_mm.errors import EnvironmentFault, InputError, NumericalError
 from recbole_mm.trainer import TrainerMixin
+from recbole_mm.tuning import engines
 from recbole_mm.tuning import search as search_module
 from tests.tuning.fake import GRID, PROTOCOL, SMALL, SPACE, Runs, diverged, result, score, wrong
 
@@ -328,6 +330,24 @@ def test_a_search_with_other_settings_is_not_continued(tune, engine, change, mes
     tune(Runs(), engine=engine, trials=2, config_dict={"show_progress": False, "state": "DEBUG"})
 
 
+def test_a_relative_database_is_that_of_the_working_directory(tune, tmp_path, monkeypatch):
+    """Also for the heartbeat, a thread, while the process is in another directory for a moment."""
+    monkeypatch.chdir(tmp_path)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def away(values):
+        monkeypatch.chdir(elsewhere)
+        time.sleep(0.1)
+        monkeypatch.chdir(tmp_path)
+        return result(values)
+
+    monkeypatch.setattr(engines, "HEARTBEAT_SECONDS", 0.01)
+    assert tune(Runs(outcome=away), trials=2, storage="sqlite:///here.db")["trials"] == 2
+    assert (tmp_path / "here.db").is_file()
+    assert not list(elsewhere.iterdir())
+
+
 def test_a_study_in_a_shared_database_has_one_setting(tune, tmp_path):
     storage = f"sqlite:///{tmp_path / 'shared.db'}"
     runs = Runs()
@@ -453,6 +473,36 @@ def test_after_a_kill_the_search_continues(tmp_path, engine):
     whole.mkdir()
     assert process(whole, engine, 6).wait() == 0
     assert sorted(drawn[:2] + after) == sorted(line.split(maxsplit=1)[1] for line in begun(whole))
+
+
+def a_current_ray():
+    """RecBole 1.2.1 brings ray 2.6.3, which is no engine here."""
+    try:
+        return int(version("ray").split(".")[1]) >= 31
+    except PackageNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not a_current_ray(), reason="needs the extra ray")
+def test_ray_searches_records_failures_stops_at_bad_input_and_continues(tmp_path):
+    def tune(space, name):
+        (tmp_path / "hyper.test").write_text(space)
+        options = {"params_file": tmp_path / "hyper.test", "engine": "ray", "algo": "exhaustive"}
+        return tuning.tune("SASRecFast", "tiny", None, QUICK, out=tmp_path / name, **options)
+
+    found = tune("learning_rate choice [0.002,1e30]\n", "out")
+    assert (found["trials"], found["failed"]) == (2, 1)
+    assert found["best"] == {"learning_rate": 0.002}
+    alone = recbole_mm.run(
+        "SASRecFast", "tiny", config_dict={**QUICK, "learning_rate": 0.002}, saved=False
+    )
+    assert found["best_valid_score"] == pytest.approx(alone["best_valid_score"], abs=1e-6)
+    seconds = trials_of(found)["seconds"].tolist()
+    again = tune("learning_rate choice [0.002,1e30]\n", "out")
+    assert trials_of(again)["seconds"].tolist() == seconds  # read back
+    with pytest.raises(InputError, match="n_heads must divide hidden_size: 65"):
+        tune("hidden_size choice [64,65]\n", "bad")
 
 
 @pytest.mark.slow
