@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
 from recbole.evaluator.base_metric import TopkMetric
 from recbole.evaluator.collector import Collector as RecBoleCollector
+from recbole.evaluator.evaluator import Evaluator as RecBoleEvaluator
 from recbole.evaluator.register import metrics_dict
 from recbole.model.abstract_recommender import AbstractRecommender
 from torch import Tensor
@@ -406,6 +407,29 @@ class Collector(RecBoleCollector):
         """What was kept, as results of single users; forgets it."""
         kept, self.kept = self.kept, []
         return _per_user(kept, dataset)
+
+
+class Evaluator(RecBoleEvaluator):
+    """RecBole's evaluator, whose metrics of popularity look each item up once.
+
+    RecBole searches a list for each place of each user: a minute for 50,000 lists of 20 items.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        for metric in self.metric_class.values():
+            for name in ("get_tail", "get_pop"):
+                if hasattr(metric, name):
+                    setattr(metric, name, _once_an_item(getattr(metric, name)))
+
+
+def _once_an_item(look_up: Callable[..., NDArray[Any]]) -> Callable[..., NDArray[Any]]:
+    def faster(item_matrix: NDArray[Any], counts: dict[int, int]) -> NDArray[Any]:
+        items, place = np.unique(item_matrix, return_inverse=True)
+        values: NDArray[Any] = look_up(items[None], counts)[0]
+        return values[place].reshape(item_matrix.shape)
+
+    return faster
 
 
 @dataclass(frozen=True, eq=False)

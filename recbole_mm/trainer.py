@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from recbole_mm import compat
 from recbole_mm.errors import NumericalError
-from recbole_mm.evaluation import Collector, PerUser, Ranker
+from recbole_mm.evaluation import Collector, Evaluator, PerUser, Ranker
 from recbole_mm.models.mufasa import MUFASA
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class TrainerMixin:
         with TemporaryDirectory() as scratch, compat.working_directory(Path(scratch)):
             super().__init__(config, model)  # type: ignore[call-arg]
             self.tensorboard.close()
-        self.eval_collector = Collector(config)
+        self.eval_collector, self.evaluator = Collector(config), Evaluator(config)
         self.tensorboard: Any = (
             _NoTensorboard()
             if folder is None

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recbole.data.interaction import Interaction
 from recbole.evaluator import Collector as RecBoleCollector
-from recbole.evaluator import Evaluator
+from recbole.evaluator import Evaluator as RecBoleEvaluator
 from recbole.evaluator.register import metric_types
 from recbole.trainer import Trainer
 from recbole.utils import EvaluatorType
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import recbole_mm
 from recbole_mm.config import Config
 from recbole_mm.errors import InputError, NumericalError
-from recbole_mm.evaluation import Collector, PerUser, Ranker, per_user
+from recbole_mm.evaluation import Collector, Evaluator, PerUser, Ranker, per_user
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.ops.ranking import places, tie_keys, top_k
 from recbole_mm.quick_start import _eval_batch_unit
@@ -90,7 +90,7 @@ def evaluate(collector, config, batches, counts):
     # RecBole 1.2.1 cannot hand out numbers and counters
     ours = isinstance(collector, Collector)
     struct = collector.get_data_struct() if ours else collector.data_struct
-    return Evaluator(config).evaluate(struct)
+    return (Evaluator if ours else RecBoleEvaluator)(config).evaluate(struct)
 
 
 def by_recbole(config, table, batches, counts):
