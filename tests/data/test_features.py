@@ -566,7 +566,7 @@ def test_wrong_declaration_is_refused_with_the_key(tmp_path, declaration, messag
 
 
 @pytest.mark.parametrize(
-    "name", ["id", "a.b", "", "type", "values", "training", 3, "/tmp", "a/b", "a\\b", "a\n"]
+    "name", ["id", "a.b", "", "type", "values", "training", 3, "/else", "a/b", "a\\b", "a\n"]
 )
 def test_name_that_a_model_cannot_hold_is_refused(tmp_path, name):
     npz(tmp_path, ITEMS[1:], VALUES)
