@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
@@ -191,8 +192,9 @@ class MultimodalSequentialRecommender(SequentialRecommender):
     def _sampled_loss(
         self, state: Tensor, items: Tensor, target: Tensor, negatives: Tensor
     ) -> Tensor:
-        positive = (state * items[target]).sum(-1)  # (T,)
-        logits = state @ items[negatives].T  # (T, K)
+        # F.embedding, not items[...]: its gradient has one order of summation, whatever the threads
+        positive = (state * F.embedding(target, items)).sum(-1)  # (T,)
+        logits = state @ F.embedding(negatives, items).T  # (T, K)
         logits = logits.masked_fill(target[:, None] == negatives, float("-inf"))
         return gbce_loss(positive, logits, n_items=self.n_items - 1, t=self.gbce_t)
 

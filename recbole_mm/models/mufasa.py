@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_mm.explain import Table, by_activity, by_category
@@ -177,7 +178,7 @@ class MUFASA(MultimodalSequentialRecommender):
     # ------------------------------------------------------------------ users
 
     def _inputs(self, item_seq: Tensor, items: Tensor) -> Tensor:
-        x = items[item_seq]  # (B, L, D)
+        x = F.embedding(item_seq, items)  # (B, L, D); items[...] sums its gradient in any order
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[: item_seq.size(1)]
         return self.dropout(self.norm(x))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_mm.layers.encoder import TransformerEncoder
@@ -70,7 +71,9 @@ class SASRecFast(MultimodalSequentialRecommender):
         return self.item_embedding.weight[items]
 
     def _inputs(self, item_seq: Tensor, items: Tensor) -> Tensor:
-        x = items[item_seq] + self.position_embedding.weight[: item_seq.size(1)]  # (B, L, D)
+        # F.embedding, not items[...]: its gradient has one order of summation, whatever the threads
+        x = F.embedding(item_seq, items)  # (B, L, D)
+        x = x + self.position_embedding.weight[: item_seq.size(1)]
         return self.dropout(self.LayerNorm(x))
 
     def states(self, item_seq: Tensor, item_seq_len: Tensor, items: Tensor) -> Tensor:
