@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from recbole_mm.models.mufasa import MUFASA
     from recbole_mm.quick_start import objective_function, open_run, run
+    from recbole_mm.serving import load
 
 __version__ = "0.1.0"
 
-__all__ = ["MUFASA", "objective_function", "open_run", "run"]
+__all__ = ["MUFASA", "load", "objective_function", "open_run", "run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from recbole_mm import quick_start
 
         return getattr(quick_start, name)
+    if name == "load":
+        from recbole_mm.serving import load
+
+        return load
     if name == "MUFASA":
         from recbole_mm.models.mufasa import MUFASA
 

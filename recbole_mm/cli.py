@@ -82,6 +82,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", "-m", help="a model of this package or of RecBole (MUFASA)")
     parser.add_argument("--dataset", "-d", help="folder name below data_path (ml-100k)")
     parser.add_argument("--config_files", default="", help='YAML files: "a.yaml b.yaml"')
+    parser.add_argument(
+        "--resume", metavar="RUN", help="folder of an interrupted run, to be continued"
+    )
 
 
 def _add_tune(commands: Any) -> None:
@@ -177,7 +180,10 @@ def _run(known: argparse.Namespace, rest: Sequence[str]) -> None:
 
     files = known.config_files.split()
     result = run(
-        *_model_and_dataset(known, files), config_file_list=files or None, command_line=rest
+        *_model_and_dataset(known, files),
+        config_file_list=files or None,
+        resume=known.resume,
+        command_line=rest,
     )
     _print_result(result)
 
@@ -252,9 +258,10 @@ def _seeds(text: str) -> int | list[int]:
 def _model_and_dataset(
     known: argparse.Namespace, files: Sequence[str]
 ) -> tuple[str | None, str | None]:
-    # with config files, model and dataset may stand there
-    model = known.model or (None if files else "MUFASA")
-    dataset = known.dataset or (None if files else "ml-100k")
+    # with config files, or a run folder, model and dataset stand there
+    elsewhere = files or known.resume
+    model = known.model or (None if elsewhere else "MUFASA")
+    dataset = known.dataset or (None if elsewhere else "ml-100k")
     return model, dataset
 
 

@@ -161,3 +161,13 @@ def config_device(values: Mapping[str, Any]) -> torch.device:
     if values["use_gpu"] and values["gpu_id"] != "" and torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("cpu")
+
+
+def grad_scaler(device_type: str, *, enabled: bool) -> Any:
+    """A gradient scaler; torch 2.3 moved it and let it serve a CPU.
+
+    Bound: torch >= 2.3.
+    """
+    if hasattr(torch.amp, "GradScaler"):
+        return torch.amp.GradScaler(device_type, enabled=enabled)
+    return torch.cuda.amp.GradScaler(enabled=enabled)

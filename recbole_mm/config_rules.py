@@ -122,6 +122,10 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
     for key, value in config.items():
         if key.endswith("dropout_prob") and isinstance(value, (int, float)) and not 0 <= value < 1:
             raise InputError(f"{key} must lie in [0, 1), got {value!r}")
+    if config["checkpoint_minutes"] < 0:
+        raise InputError(
+            f"checkpoint_minutes must not be negative, got {config['checkpoint_minutes']!r}"
+        )
     if config["on_bad_time"] not in ("error", "drop"):
         raise InputError(f"on_bad_time must be 'error' or 'drop', got {config['on_bad_time']!r}")
 
@@ -154,7 +158,18 @@ def _check_metrics(config: Mapping[str, Any]) -> None:
         )
 
 
+def _check_number_type(config: Mapping[str, Any]) -> None:
+    if config["amp_dtype"] not in ("bfloat16", "float16"):
+        raise InputError(f"amp_dtype must be 'bfloat16' or 'float16', got {config['amp_dtype']!r}")
+    if config["enable_amp"] and config["amp_dtype"] == "float16" and not config["enable_scaler"]:
+        raise InputError(
+            "amp_dtype: float16 loses small gradients unless the loss is scaled; "
+            "set enable_scaler: True, or amp_dtype: bfloat16"
+        )
+
+
 def _check_training(config: Mapping[str, Any], model: type) -> None:
+    _check_number_type(config)
     learner = str(config["learner"])
     if learner.lower() not in OPTIMIZERS:
         raise InputError(

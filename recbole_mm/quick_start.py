@@ -15,11 +15,9 @@ from typing import Any, NamedTuple
 
 from recbole.data import data_preparation
 from recbole.utils import ModelType, init_seed
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
-from recbole_mm import compat, explain, protocol
+from recbole_mm import compat, explain, protocol, serving
+from recbole_mm.checkpoint import Checkpoint, load_weights
 from recbole_mm.config import Config
 from recbole_mm.data.dataset import create_dataset
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
@@ -37,6 +35,7 @@ def run(
     *,
     saved: bool = True,
     score_test: bool = True,
+    resume: str | Path | None = None,
     command_line: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train a model, select its best epoch on validation, and score that epoch once on test.
@@ -50,6 +49,9 @@ def run(
             in memory.
         score_test: Score the test set; without it ``test_result`` is empty. Trials of a search
             leave it alone.
+        resume: Folder of an interrupted run, which is continued: on a CPU its weights, metrics and
+            result become what they would have been without the interruption. Nothing else of the
+            configuration may be given but :data:`MAY_CHANGE`; a finished run is returned as it is.
         command_line: ``--key=value`` arguments, strongest of all.
 
     Returns:
@@ -62,9 +64,15 @@ def run(
         EnvironmentFault: A package or the disk says no.
         NumericalError: A loss or score is not finite.
     """
-    config = Config(model, dataset, config_file_list, config_dict, command_line)
     with compat.without_recboles_warnings():
-        return _run(config, saved=saved, score_test=score_test)
+        if resume is None:
+            config = Config(model, dataset, config_file_list, config_dict, command_line)
+            return _run(config, saved=saved, score_test=score_test)
+        named = {"model": model if isinstance(model, str) else None, "dataset": dataset}
+        values = {k: v for k, v in named.items() if v is not None} | dict(config_dict or {})
+        if config_file_list or not saved:
+            raise InputError("resume: the configuration is that of the run folder, give no file")
+        return _resume(Path(resume), model, values, command_line, score_test=score_test)
 
 
 def objective_function(
@@ -118,11 +126,11 @@ def open_run(
     """
     path = Path(folder)
     with compat.without_recboles_warnings():
-        weights, about = _saved_model(path)
+        saved = _saved_model(path)
         config = Config.reopened(path / "config.yaml", model, config_dict, command_line)
         made = _make(config)
         _check_data(path, made)
-        _load_weights(made.model, weights, about, path)
+        _load_weights(made.model, saved, path)
     return OpenRun(config, made.dataset, made.loaders, made.model)
 
 
@@ -177,23 +185,36 @@ def _eval_batch_unit(config: Config, n_items: int) -> int:
     return max((1 + int(mode[3:]) for mode in modes if mode != "labeled"), default=1)
 
 
-def _run(config: Config, *, saved: bool, score_test: bool) -> dict[str, Any]:
+def _run(
+    config: Config, *, saved: bool, score_test: bool, interrupted: RunFolder | None = None
+) -> dict[str, Any]:
     started = time.perf_counter()
     resolved = config.resolved()  # before RecBole's steps write into it
-    dataset, (train_data, valid_data, test_data), rules, net, data = _make(config)
-    folder = (
-        RunFolder(config["checkpoint_dir"], config["dataset"], config["model"]) if saved else None
-    )
+    made = _make(config)
+    dataset, (train_data, valid_data, test_data), rules, net, data = made
+    folder = interrupted
+    if interrupted is not None:
+        _check_data(interrupted.path, made)
+    elif saved:
+        folder = RunFolder(config["checkpoint_dir"], config["dataset"], config["model"])
     with ExitStack() as stack:
         if folder is not None:
             stack.enter_context(folder.logging_to_file(config["state"]))
+        if interrupted is not None:
+            interrupted.write_yaml("config.yaml", resolved)
+        elif folder is not None:
             _write_start(folder, resolved, dataset, data, rules)
+            kept = serving.item_constants(net, train_data._dataset)
+            if kept is not None:
+                folder.write_items(*kept)
         for line in (*data["lines"], rules.line()):
             _LOG.info(line)
             if config["show_progress"]:
                 print(line)  # noqa: T201  (the report of a run belongs on the terminal)
         _LOG.info(net)
         trainer = trainer_class(config["MODEL_TYPE"], config["model"])(config, net, folder)
+        if interrupted is not None:
+            trainer.resume(interrupted.read_state())
         best_score, best_result = trainer.fit(
             train_data,
             valid_data if rules.valid_users else None,
@@ -268,6 +289,51 @@ def _explain(
     return files
 
 
+# keys that may differ when a run is resumed: none of them changes what an epoch computes
+MAY_CHANGE = frozenset(
+    {
+        *("epochs", "data_path", "checkpoint_dir", "feature_cache_dir", "checkpoint_minutes"),
+        *("use_gpu", "gpu_id", "device", "worker", "show_progress", "state"),
+    }
+)
+
+
+def _resume(
+    folder: Path,
+    model: str | type | None,
+    values: Mapping[str, Any],
+    command_line: Sequence[str],
+    *,
+    score_test: bool,
+) -> dict[str, Any]:
+    _check_folder(folder)
+    run = RunFolder.at(folder)
+    before = run.read_config()
+    given = model if isinstance(model, type) else None
+    config = Config.reopened(folder / "config.yaml", given, values, command_line)
+    now = config.resolved()
+    differing = [
+        f"{key} ({before[key]!r} then, {now[key]!r} now)"
+        for key in before.keys() & now.keys() - MAY_CHANGE
+        if before[key] != now[key]
+    ]
+    if differing:
+        raise InputError(
+            f"{folder}: a resumed run goes on as it began, but these keys differ: "
+            f"{', '.join(sorted(differing))}; leave them out, or start a new run"
+        )
+    if (folder / "result.json").is_file() and now["epochs"] <= before["epochs"]:
+        if config["show_progress"]:
+            print(f"{folder}: this run is finished, nothing is left to do")  # noqa: T201
+        return _read_json(folder / "result.json")
+    if not (folder / "last.safetensors").is_file():
+        raise InputError(
+            f"{folder}: has no last.safetensors: its run was interrupted before its training, or "
+            f"{config['model']} cannot be resumed; start it again"
+        )
+    return _run(config, saved=True, score_test=score_test, interrupted=run)
+
+
 def _check_topk(config: Config, n_items: int) -> None:
     if max(config["topk"]) > n_items:
         raise InputError(
@@ -318,33 +384,26 @@ def _ids(dataset: Any) -> dict[str, list[str]]:
 # ------------------------------------------------------------------------- reading a run back
 
 
-def _saved_model(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _saved_model(folder: Path) -> Checkpoint:
     """Weights of a run, and what stands beside them."""
+    _check_folder(folder)
+    run = RunFolder.at(folder)
+    if not run.has_weights:
+        raise InputError(f"{folder}: has no model.safetensors, its run saved no epoch; run it anew")
+    return run.read_weights()
+
+
+def _check_folder(folder: Path) -> None:
     if not (folder / "config.yaml").is_file():
         raise InputError(f"{folder}: not a run folder, it has no config.yaml")
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        raise InputError(f"{folder}: has no model.safetensors, its run saved no epoch; run it anew")
-    try:
-        return load_file(path), _read_json(folder / "model.json")
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); run it anew") from error
 
 
-def _load_weights(
-    net: Any, weights: dict[str, Tensor], about: Mapping[str, Any], folder: Path
-) -> None:
-    prefix = "other_parameter."
-    other = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+def _load_weights(net: Any, saved: Checkpoint, folder: Path) -> None:
     device = next(net.parameters()).device
-    try:
-        net.load_state_dict({k: v for k, v in weights.items() if not k.startswith(prefix)})
-    except RuntimeError as error:  # names or shapes
-        raise InputError(f"{folder}: its weights are those of another model: {error}") from error
+    load_weights(net, saved.outside("other_parameter"), folder)
+    other = {k: v.to(device) for k, v in saved.under("other_parameter").items()}
     # what RecBole keeps beside the weights and is neither tensor nor number, its constructor made
-    net.load_other_parameter(
-        {**about.get("other_parameter", {}), **{k: v.to(device) for k, v in other.items()}}
-    )
+    net.load_other_parameter({**saved.about.get("other_parameter", {}), **other})
     net.eval()
 
 

@@ -8,8 +8,9 @@
 ``ids.json``           item and user tokens in the order of their internal ids
 ``run.log``            what RecBole and we log
 ``metrics.jsonl``      one line an epoch: seconds, each loss term, validation
-``model.safetensors``  weights of the best epoch
-``model.json``         what the weights belong to
+``model.safetensors``  weights of the best epoch, and what they belong to
+``items.safetensors``  features, categories and graphs of the items, for models that read them
+``last.safetensors``   where the training stands, for ``--resume``
 ``result.json``        the result dict of :func:`recbole_mm.run`
 ``per_user.npz``       what each test user got, if asked for: ``recbole_mm.evaluation.PerUser``
 ``log_tensorboard/``   RecBole's TensorBoard events
@@ -25,7 +26,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,11 +36,15 @@ import numpy as np
 import torch
 import yaml
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recbole_mm import __version__
+from recbole_mm.checkpoint import Checkpoint, read, replacing, write, writing
 from recbole_mm.errors import EnvironmentFault
+
+MODEL = "model.safetensors"
+STATE = "last.safetensors"
+ITEMS = "items.safetensors"
 
 _PACKAGES = ("recbole", "torch", "numpy", "scipy", "pandas", "scikit-learn", "safetensors")
 _ANSI = "\x1b["
@@ -55,7 +60,7 @@ class RunFolder:
     def __init__(self, checkpoint_dir: str | Path, dataset: str, model: str) -> None:
         parent = Path(checkpoint_dir).resolve() / dataset / model
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-        with _writing(parent):
+        with writing(parent):
             parent.mkdir(parents=True, exist_ok=True)
             for attempt in range(1, 10_000):
                 # two runs may start in the same second
@@ -67,6 +72,13 @@ class RunFolder:
                 self.path = path
                 return
         raise EnvironmentFault(f"{parent}: no free name for a run folder; set checkpoint_dir")
+
+    @classmethod
+    def at(cls, path: str | Path) -> RunFolder:
+        """A folder that is there already."""
+        folder = cls.__new__(cls)
+        folder.path = Path(path).resolve()
+        return folder
 
     def write_json(self, name: str, content: Any) -> None:
         """Write ``content`` under ``name``, whole or not at all."""
@@ -80,8 +92,17 @@ class RunFolder:
 
     def append_line(self, name: str, content: Mapping[str, Any]) -> None:
         """Append one JSON line."""
-        with _writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+        with writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved values in ``config.yaml``."""
+        values: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text("utf-8"))
+        return values
+
+    def write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Replace a file of JSON lines, whole or not at all."""
+        self._write(name, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def write_arrays(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Write arrays as a compressed ``.npz``, whole or not at all."""
@@ -90,28 +111,33 @@ class RunFolder:
         self._write(name, content.getvalue())
 
     def write_weights(self, weights: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Write weights and what they belong to; an earlier pair stays intact until both are."""
-        tensors = {
-            name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()
-        }
-        temporary = self.path / "model.safetensors.tmp"
-        with _writing(temporary):
-            save_file(tensors, temporary)
-            _sync(temporary)
-            temporary.replace(self.path / "model.safetensors")
-        self.write_json("model.json", dict(about))
+        """Write the weights of the best epoch and what they belong to, whole or not at all."""
+        write(self.path / MODEL, weights, about)
 
-    def read_weights(self, device: torch.device) -> dict[str, Tensor]:
-        """The weights of the best epoch."""
-        weights: dict[str, Tensor] = load_file(self.path / "model.safetensors", device=str(device))
-        return weights
+    def read_weights(self, device: torch.device | str = "cpu") -> Checkpoint:
+        """The weights of the best epoch, and what they belong to."""
+        return read(self.path / MODEL, device)
+
+    def write_items(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Write what the model reads of the items."""
+        write(self.path / ITEMS, tensors, about)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether an epoch has been saved."""
+        return (self.path / MODEL).is_file()
+
+    def write_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Write where the training stands, whole or not at all."""
+        write(self.path / STATE, tensors, about)
+
+    def read_state(self) -> Checkpoint:
+        """Where the training stands, on the CPU."""
+        return read(self.path / STATE)
 
     def _write(self, name: str, content: bytes) -> None:
-        temporary = self.path / (name + ".tmp")
-        with _writing(temporary):
+        with replacing(self.path / name) as temporary:
             temporary.write_bytes(content)
-            _sync(temporary)
-            temporary.replace(self.path / name)
 
     @contextmanager
     def logging_to_file(self, level: str) -> Iterator[None]:
@@ -159,19 +185,3 @@ def environment() -> dict[str, Any]:
         "packages": versions,
         "command": sys.argv,
     }
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "free space or point checkpoint_dir at a folder that can be written"
-        ) from error

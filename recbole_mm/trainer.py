@@ -6,10 +6,8 @@ built-in models keep their training procedure and share everything around it.
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,16 +15,27 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
-from recbole.trainer import Trainer
+from recbole.trainer import KGTrainer, TraditionalTrainer, Trainer
 from recbole.utils import EvaluatorType, ModelType, get_trainer
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from recbole_mm import compat
-from recbole_mm.errors import NumericalError
+from recbole_mm import __version__, compat
+from recbole_mm.checkpoint import (
+    Checkpoint,
+    LooseState,
+    fingerprint,
+    optimizer_state,
+    random_states,
+    set_optimizer_state,
+    set_random_states,
+)
+from recbole_mm.data.batches import loaders_of, seed_batches
+from recbole_mm.errors import InputError, NumericalError
 from recbole_mm.evaluation import Collector, Evaluator, PerUser, Ranker
 from recbole_mm.models.mufasa import MUFASA
+from recbole_mm.training import TrainingLoop
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
@@ -36,31 +45,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# RecBole's models that give the same scores on a batch cut to its longest row (a test compares
-# them). The others read the configured length: convolutions, learned filters, low-rank maps.
-CUTS_PADDING = frozenset(
-    ("SASRec", "GRU4Rec", "NARM", "SASRecF", "GRU4RecF", "FDSA", "CORE", "SRGNN", "GCSAN")
-)
-
-
-class _WithProgress:
-    """A RecBole loader that moves a progress bar; everything else is the loader's."""
-
-    def __init__(self, loader: Any, bar: tqdm) -> None:
-        self._loader = loader
-        self._bar = bar
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            yield batch
-            self._bar.update()
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
-
 
 class TrainerMixin:
     """What our path adds to a RecBole trainer; comes before it in the bases.
@@ -68,9 +52,9 @@ class TrainerMixin:
     - the best epoch's weights go to the run folder as safetensors, or stay in memory without one;
     - evaluation ranks within ``eval_memory_mb`` (:mod:`recbole_mm.evaluation`), with one meaning of
       ``mask_history`` for sequential and for general models;
-    - a non-finite loss term or score is a :class:`~recbole_mm.errors.NumericalError`;
+    - where the training stands goes there too, before every epoch and every ``checkpoint_minutes``,
+      so that :meth:`resume` continues an interrupted one as if nothing had happened;
     - each loss term is logged under its name (``loss_names`` of the model), as a mean over batches;
-    - batches of the models in :data:`CUTS_PADDING` are cut to their longest row;
     - one line an epoch on the terminal, TensorBoard in the run folder.
     """
 
@@ -81,15 +65,36 @@ class TrainerMixin:
     valid_metric: str
     valid_metric_bigger: bool
 
+    # set by RecBole's trainer and TrainingLoop
+    scaler: Any
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    epochs: int
+    start_epoch: int
+    cur_step: int
+    stopping_step: int
+    best_valid_result: Any
+    train_loss_dict: dict[int, Any]
+    without_padding: Callable[[Interaction], Interaction]
+    _loss_name: Callable[[int, int], str]
+
+    resumable = False
+
     def __init__(self, config: Config, model: Any, folder: RunFolder | None) -> None:
         self.folder = folder
-        self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._best: Checkpoint | None = None
+        self._resumed: Checkpoint | None = None
+        self._loose = LooseState(model)
+        self._loaders: list[Any] = []
+        self._loaders_before: list[Tensor] = []
+        self._saved_at = time.monotonic()
+        self._started = _clocks()
+        self._seconds_before = (0.0, 0.0)
         self.per_user: PerUser | None = None
-        self._term_sums: list[float] = []
-        self._n_batches = 0
         self._epoch_seconds = (0.0, 0.0)
         self.history: list[dict[str, Any]] = []
         self.best_epoch = -1
+        self._items = ""
         self._quiet = not config["show_progress"]
         # RecBole opens a TensorBoard writer and a checkpoint folder below the working directory
         with TemporaryDirectory() as scratch, compat.working_directory(Path(scratch)):
@@ -104,6 +109,27 @@ class TrainerMixin:
 
     # ------------------------------------------------------------------ training
 
+    def fit(self, train_data: Any, valid_data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """RecBole's ``fit``, from where the training stands.
+
+        Returns:
+            Score and result of validation at the best epoch.
+        """
+        self._loaders = loaders_of(train_data)
+        self._items = fingerprint(train_data._dataset.field2id_token[self.config["ITEM_ID_FIELD"]])
+        over = False
+        if self._resumed is not None:
+            self._restore(self._resumed)
+            over = self.start_epoch >= self.epochs or self.cur_step > self.stopping_step
+        if over:  # killed between its last epoch and its result
+            self.start_epoch, kwargs["saved"] = self.epochs, False
+        self._saved_at = time.monotonic()
+        result = super().fit(train_data, valid_data, *args, **kwargs)  # type: ignore[misc]
+        if not over:
+            self._note_loaders()
+            self._save_state(self.history[-1]["epoch"] + 1 if self.history else 0)
+        return result
+
     def _train_epoch(
         self,
         train_data: Any,
@@ -111,62 +137,29 @@ class TrainerMixin:
         loss_func: Callable[[Interaction], Any] | None = None,
         show_progress: bool = False,
     ) -> Any:
-        loss_of = loss_func or self.model.calculate_loss
-        self._term_sums, self._n_batches = [], 0
-
-        def checked(interaction: Interaction) -> Any:
-            losses = loss_of(self.without_padding(interaction))
-            terms = losses if isinstance(losses, tuple) else (losses,)
-            values = [term.item() for term in terms]
-            self._n_batches += 1
-            for index, value in enumerate(values):
-                if not math.isfinite(value):
-                    raise NumericalError(
-                        f"epoch {epoch_idx}, batch {self._n_batches}: loss term "
-                        f"{self._loss_name(index, len(values))!r} is {value}; "
-                        "lower learning_rate or set clip_grad_norm"
-                    )
-            if len(self._term_sums) != len(values):
-                self._term_sums = [0.0] * len(values)
-            self._term_sums = [s + v for s, v in zip(self._term_sums, values, strict=True)]
-            return losses
-
-        started = _clocks()
-        bar = tqdm(
-            total=len(train_data),
-            desc=f"epoch {epoch_idx}",
-            unit="batch",
-            leave=False,
-            disable=not show_progress,
-            mininterval=0.5,
-        )
-        with bar:
-            result = super()._train_epoch(  # type: ignore[misc]
-                _WithProgress(train_data, bar), epoch_idx, loss_func=checked, show_progress=False
-            )
-        if self._n_batches == 0:
-            # RecBole's knowledge trainers choose their own loss functions
+        self._n_passes = 0
+        seed_batches(train_data, self.config["seed"], epoch_idx)
+        if self._resumed is None:
+            self._seconds_before = (0.0, 0.0)
+            self._note_loaders()
+            self._started = _clocks()
+            self._save_state(epoch_idx)
+        else:
+            self._enter_epoch(self._resumed)
+        result = super()._train_epoch(train_data, epoch_idx, loss_func, show_progress)  # type: ignore[misc]
+        if self._n_passes != 1:
+            # RecBole's trainers that take several passes an epoch, or their own
             self._n_batches = len(train_data)
             self._term_sums = list(_flat(result))
-        self._epoch_seconds = _since(started)
+        self._epoch_seconds = self._seconds_of_epoch()
         return result
 
-    def without_padding(self, interaction: Interaction) -> Interaction:
-        """The batch cut to its longest history, if RecBole's model does not mind."""
-        if self.config["model"] not in CUTS_PADDING:
-            return interaction
-        suffix = self.config["LIST_SUFFIX"]
-        longest = max(1, int(interaction[self.config["ITEM_LIST_LENGTH_FIELD"]].max()))
-        for field, column in interaction.interaction.items():
-            if field.endswith(suffix) and column.dim() > 1:
-                interaction.interaction[field] = column[:, :longest]
-        return interaction
+    def _note_loaders(self) -> None:
+        self._loaders_before = [loader.generator.get_state() for loader in self._loaders]
 
-    def _loss_name(self, index: int, count: int) -> str:
-        names: tuple[str, ...] = getattr(self.model, "loss_names", ())
-        if len(names) == count:
-            return names[index]
-        return "loss" if count == 1 else f"loss{index + 1}"
+    def _seconds_of_epoch(self) -> tuple[float, float]:
+        wall, cpu = _since(self._started)
+        return self._seconds_before[0] + wall, self._seconds_before[1] + cpu
 
     def _mean_terms(self) -> dict[str, float]:
         n = max(self._n_batches, 1)
@@ -221,7 +214,7 @@ class TrainerMixin:
         return score, result
 
     def _check_nan(self, loss: Tensor) -> None:
-        # terms are checked one by one above; this is for trainers that choose their own loss
+        # for NCL's trainer, which has a loop of its own
         if not torch.isfinite(loss):
             raise NumericalError(f"the training loss is {loss.item()}; lower learning_rate")
 
@@ -232,40 +225,178 @@ class TrainerMixin:
             return
         self.best_epoch = epoch
         weights = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
-        other = copy.deepcopy(self.model.other_parameter())
+        other = self.model.other_parameter()
+        tensors = {k: v.clone() for k, v in other.items() if isinstance(v, Tensor)}
+        scalars = (bool, int, float, str, type(None))
+        plain = {k: v for k, v in other.items() if isinstance(v, scalars)}
+        about = {
+            **self._identity(),
+            "epoch": epoch,
+            "valid_metric": self.config["valid_metric"],
+            "best_valid_score": float(self.best_valid_score),
+            "other_parameter": plain,
+            # matrices and modules that the model's constructor makes
+            "not_saved": sorted(set(other) - set(plain) - set(tensors)),
+        }
+        weights |= {f"other_parameter.{name}": tensor for name, tensor in tensors.items()}
         if self.folder is None:
-            self._best = (weights, other)
-            return
-        # what RecBole keeps beside the weights may be a scipy matrix: it stays in this process
-        self._best = ({}, other)
-        tensors = {f"other_parameter.{k}": v for k, v in other.items() if isinstance(v, Tensor)}
-        plain = {k: v for k, v in other.items() if isinstance(v, (bool, int, float, str))}
-        self.folder.write_weights(
-            {**weights, **tensors},
-            {
-                "model": self.config["model"],
-                "dataset": self.config["dataset"],
-                "epoch": epoch,
-                "valid_metric": self.config["valid_metric"],
-                "best_valid_score": float(self.best_valid_score),
-                "other_parameter": plain,
-                "not_saved": sorted(set(other) - set(plain) - {k[16:] for k in tensors}),
-            },
-        )
-        _LOG.info("epoch %d saved to %s", epoch, self.folder.path)
+            self._best = Checkpoint(weights, about)
+        else:
+            self.folder.write_weights(weights, about)
+            _LOG.info("epoch %d saved to %s", epoch, self.folder.path)
 
     def _load_best(self) -> None:
-        if self._best is None:
+        best = self._best
+        if self.folder is not None and self.folder.has_weights:
+            best = self.folder.read_weights(self.config["device"])
+        if best is None:
             return
-        weights, other = self._best
+        self.model.load_state_dict(best.outside("other_parameter"))
+        self.model.load_other_parameter(
+            {**best.about["other_parameter"], **best.under("other_parameter")}
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint belongs to."""
+        return {
+            "recbole_mm": __version__,
+            "model": self.config["model"],
+            "dataset": self.config["dataset"],
+            "n_items": self.model.n_items - 1,
+            "items": self._items,
+            "features": dict(getattr(getattr(self.model, "features", None), "widths", {})),
+        }
+
+    # ------------------------------------------------------------------ interruption
+
+    def resume(self, state: Checkpoint) -> None:
+        """Let :meth:`fit` continue where ``state`` was written.
+
+        Raises:
+            InputError: If this training cannot be continued.
+        """
+        if not self._can_resume:
+            raise InputError(
+                f"{self.config['model']} cannot be resumed: "
+                + (
+                    "it was trained by several processes"
+                    if self.resumable
+                    else f"RecBole's {type(self).__name__} keeps a state of its own"
+                )
+                + "; start its run again"
+            )
+        if state.about["unsaved"]:
+            raise InputError(
+                f"{self.config['model']} cannot be resumed: while it trains it changes "
+                f"{', '.join(state.about['unsaved'])}, which a checkpoint does not hold; "
+                "start its run again"
+            )
+        self._resumed = state
+
+    @property
+    def _can_resume(self) -> bool:
+        return self.resumable and self.config["single_spec"]
+
+    def _save_state(
+        self,
+        epoch: int,
+        batch: int = 0,
+        *,
+        stage: str = "training",
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        """Write where the training stands: before batch number ``batch`` of ``epoch``, from 0."""
+        if self.folder is None or not self._can_resume:
+            return
+        learner = optimizer_state(optimizer or self.optimizer)
+        loose, unsaved = self._loose.changed()
+        states = random_states()
+        parts = {
+            "model": self.model.state_dict(),
+            "attribute": loose.tensors,
+            "optimizer": learner.tensors,
+            "random": states.tensors,
+            "loader": dict(enumerate(self._loaders_before)),
+        }
+        about = {
+            **self._identity(),
+            "position": {"stage": stage, "epoch": epoch, "batch": batch},
+            "unsaved": unsaved,
+            "attributes": loose.about,
+            "optimizer": learner.about,
+            "scaler": self.scaler.state_dict(),
+            "random": states.about,
+            "cur_step": self.cur_step,
+            "best_epoch": self.best_epoch,
+            "best_valid_score": float(self.best_valid_score),
+            "best_valid_result": self.best_valid_result,
+            "history": self.history,
+            "train_loss": list(self.train_loss_dict.items()),
+            "of_epoch": {
+                "sums": self._term_sums,
+                "batches": self._n_batches,
+                "seconds": self._seconds_of_epoch(),
+            },
+        }
+        tensors = {f"{part}.{name}": t for part, held in parts.items() for name, t in held.items()}
+        self.folder.write_state(tensors, about)
+        self._saved_at = time.monotonic()
+
+    def _restore(self, state: Checkpoint) -> None:
+        about = state.about
+        self.model.load_state_dict(state.under("model"))
+        loose = {k: v.to(self.device) for k, v in state.under("attribute").items()}
+        self._loose.restore(Checkpoint(loose, about["attributes"]))
+        self.scaler.load_state_dict(about["scaler"])
+        for name in ("cur_step", "best_epoch", "best_valid_score", "history"):
+            setattr(self, name, about[name])
+        self.best_valid_result = about["best_valid_result"]
+        self.train_loss_dict = dict(about["train_loss"])
+        position = about["position"]
+        if position["stage"] == "training":
+            self.start_epoch = position["epoch"]
+            self._restore_optimizer(self.optimizer, state)
         if self.folder is not None:
-            weights = {
-                name: tensor
-                for name, tensor in self.folder.read_weights(self.config["device"]).items()
-                if not name.startswith("other_parameter.")
-            }
-        self.model.load_state_dict(weights)
-        self.model.load_other_parameter(copy.deepcopy(other))
+            lines = [note for note in self.history if "valid" in note]
+            self.folder.write_lines("metrics.jsonl", lines)
+        _LOG.info("resumed in %(stage)s, epoch %(epoch)d, after %(batch)d batches", position)
+
+    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Checkpoint) -> None:
+        learner = Checkpoint(state.under("optimizer"), state.about["optimizer"])
+        set_optimizer_state(optimizer, learner)
+
+    def _enter_epoch(self, state: Checkpoint) -> None:
+        """Draw the batches of the epoch as they were drawn when it began."""
+        for number, generator in state.under("loader").items():
+            self._loaders[int(number)].generator.set_state(generator)
+        self._note_loaders()
+        self._set_random(state)
+        wall, cpu = state.about["of_epoch"]["seconds"]
+        self._seconds_before = (wall, cpu) if state.about["position"]["batch"] else (0.0, 0.0)
+        self._started = _clocks()
+
+    def _set_random(self, state: Checkpoint) -> None:
+        set_random_states(Checkpoint(state.under("random"), state.about["random"]))
+
+    def _enter_pass(self, train_data: Any) -> int:
+        done: int = super()._enter_pass(train_data)  # type: ignore[misc]
+        if self._resumed is not None:
+            done = self._resumed.about["position"]["batch"]
+            if done:
+                so_far = self._resumed.about["of_epoch"]
+                self._term_sums, self._n_batches = so_far["sums"], so_far["batches"]
+        return done
+
+    def _first_batch(self) -> None:
+        if self._resumed is not None:
+            # batches that are drawn again leave no trace
+            self._set_random(self._resumed)
+            self._resumed = None
+
+    def _after_batch(self, epoch_idx: int, done: int) -> None:
+        waited = time.monotonic() - self._saved_at
+        if waited >= 60 * self.config["checkpoint_minutes"] and self._n_passes == 1:
+            self._save_state(epoch_idx, done)
 
     # ------------------------------------------------------------------ evaluation
 
@@ -283,6 +414,7 @@ class TrainerMixin:
         # the test set is scored once: what each user got is noted in the same pass
         collector.keeps = bool(load_best_model and self.config["save_per_user"])
         if eval_data:
+            seed_batches(eval_data, self.config["seed"])
             self._ranker = Ranker(
                 self.model, self.config, eval_data._dataset, prepare=self.without_padding
             )
@@ -336,6 +468,9 @@ class _NoTensorboard:
         """Ignore a set of hyper-parameters."""
 
 
+PRETRAINING = "pre-training"
+
+
 class MUFASATrainer(Trainer):
     """Pre-trains MUFASA's fusion layer on the catalogue before it trains the whole.
 
@@ -345,6 +480,11 @@ class MUFASATrainer(Trainer):
     """
 
     model: MUFASA
+    # of TrainerMixin, which comes before this class
+    _resumed: Checkpoint | None
+    _save_state: Callable[..., None]
+    _restore_optimizer: Callable[..., None]
+    _set_random: Callable[[Checkpoint], None]
 
     def fit(self, *args: Any, **kwargs: Any) -> Any:
         """Pre-train the fusion layer, then train as RecBole does."""
@@ -354,50 +494,74 @@ class MUFASATrainer(Trainer):
     def _pretrain(self) -> None:
         epochs = self.config["mfl_pretrain_epochs"] if self.model.fusion_losses is not None else 0
         parameters = list(self.model.fusion_parameters())
-        if epochs:
+        first, state = self._pretrained()
+        if first < epochs:
             ids = getattr(self.model, "item_embedding", None)
             optimizer = self._build_optimizer(
                 params=parameters + ([] if ids is None else list(ids.parameters()))
             )
+            if state is not None:
+                self._restore_optimizer(optimizer, state)
+                self._set_random(state)
             self.model.train()
-            for epoch in range(epochs):
-                started = time.perf_counter()
-                sums: dict[str, float] = {}
-                batches = self.model.catalogue_batches()
-                for items in batches:
-                    optimizer.zero_grad()
-                    terms = self.model.fusion_terms(items)
-                    total = torch.stack(list(terms.values())).sum()
-                    if not torch.isfinite(total):
-                        raise NumericalError(
-                            f"pre-training epoch {epoch}: fusion losses are "
-                            f"{ {k: v.item() for k, v in terms.items()} }; lower learning_rate"
-                        )
-                    if total.requires_grad:
-                        total.backward()  # type: ignore[no-untyped-call]
-                        optimizer.step()
-                    for name, value in terms.items():
-                        sums[name] = sums.get(name, 0.0) + value.item()
-                means = ", ".join(f"{k} {v / len(batches):.4f}" for k, v in sums.items())
-                message = (
-                    f"fusion pre-training {epoch}  {time.perf_counter() - started:6.1f} s  {means}"
-                )
-                _LOG.info(message)
-                if self.config["show_progress"]:
-                    tqdm.write(message)
+            for epoch in range(first, epochs):
+                self._save_state(epoch, stage=PRETRAINING, optimizer=optimizer)
+                self._pretrain_epoch(epoch, optimizer)
         if self.config["freeze_mfl"]:
             for parameter in parameters:
                 parameter.requires_grad_(False)
 
+    def _pretrained(self) -> tuple[int, Checkpoint | None]:
+        """Passes that an interrupted training had done, and its state if it was in the midst."""
+        state = self._resumed
+        if state is None:
+            return 0, None
+        if state.about["position"]["stage"] != PRETRAINING:
+            return self.config["mfl_pretrain_epochs"], None
+        self._resumed = None  # what follows the pre-training begins anew
+        return state.about["position"]["epoch"], state
+
+    def _pretrain_epoch(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        started = time.perf_counter()
+        sums: dict[str, float] = {}
+        batches = self.model.catalogue_batches()
+        for number, items in enumerate(batches, 1):
+            optimizer.zero_grad()
+            terms = self.model.fusion_terms(items)
+            total = torch.stack(list(terms.values())).sum()
+            if not torch.isfinite(total):
+                raise NumericalError(
+                    f"pre-training epoch {epoch}, batch {number}: fusion losses are "
+                    f"{ {k: v.item() for k, v in terms.items()} }; lower learning_rate"
+                )
+            if total.requires_grad:
+                total.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+        means = ", ".join(f"{k} {v / len(batches):.4f}" for k, v in sums.items())
+        message = f"fusion pre-training {epoch}  {time.perf_counter() - started:6.1f} s  {means}"
+        _LOG.info(message)
+        if self.config["show_progress"]:
+            tqdm.write(message)
+
 
 _OWN = {"MUFASA": MUFASATrainer}
 
+# trainers whose whole state is known: one optimizer, one pass an epoch, no attribute that changes.
+# The others (KGAT, MKR, NCL, RaCT, RecVAE) train, and cannot be resumed.
+_RESUMABLE = (Trainer, TraditionalTrainer, KGTrainer, MUFASATrainer)
+
 
 def trainer_class(model_type: ModelType, name: str) -> type:
-    """The trainer of a model: ours or RecBole's choice for it, with :class:`TrainerMixin`."""
+    """The trainer of a model: ours or RecBole's choice for it.
+
+    It has our :class:`TrainerMixin` before it and our :class:`TrainingLoop` beneath it.
+    """
     return _mixed(_OWN.get(name) or get_trainer(model_type, name))
 
 
 @functools.cache
 def _mixed(base: type) -> type:
-    return type(base.__name__, (TrainerMixin, base), {})
+    bases = (TrainerMixin, TrainingLoop) if base is Trainer else (TrainerMixin, base, TrainingLoop)
+    return type(base.__name__, bases, {"resumable": base in _RESUMABLE})

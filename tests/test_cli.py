@@ -50,7 +50,9 @@ def test_the_run_folder_holds_everything_and_no_pickle(folder):
     names = {p.name for p in path.iterdir()}
     assert names == {
         *("config.yaml", "environment.json", "data.json", "protocol.json", "ids.json", "run.log"),
-        *("metrics.jsonl", "model.safetensors", "model.json", "result.json", "log_tensorboard"),
+        *("metrics.jsonl", "model.safetensors", "items.safetensors", "last.safetensors"),
+        "result.json",
+        "log_tensorboard",
     }
     assert list((path / "log_tensorboard").iterdir())
     assert not [p for p in path.rglob("*") if p.suffix in (".pth", ".pt", ".pkl")]

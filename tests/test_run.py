@@ -7,7 +7,8 @@ import recbole_mm
 from recbole_mm.errors import InputError, NumericalError
 from recbole_mm.evaluation import per_user
 from recbole_mm.protocol import Protocol, assert_comparable
-from recbole_mm.trainer import CUTS_PADDING, trainer_class
+from recbole_mm.trainer import trainer_class
+from recbole_mm.training import CUTS_PADDING
 
 QUICK = {"epochs": 1, "MAX_ITEM_LIST_LENGTH": 10, "show_progress": False, "train_batch_size": 256}
 

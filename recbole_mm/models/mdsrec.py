@@ -104,7 +104,9 @@ class MDSRec(MultimodalSequentialRecommender):
 
         users, items = dataset.training_interactions()
         try:
-            self.graphs = item_graph.item_graphs(
+            # a run folder brings its graphs along instead of the histories that made them
+            stored: item_graph.ItemGraphs | None = getattr(dataset, "item_graphs", None)
+            self.graphs = stored or item_graph.item_graphs(
                 features,
                 users,
                 items,

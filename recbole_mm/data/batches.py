@@ -1,0 +1,61 @@
+"""Batches whose random parts depend on the seed, the epoch and the rows, and on nothing else.
+
+RecBole draws negatives and masks from numpy's and Python's global state while it makes a batch: in
+the main process, or in as many other states as there are workers. Here every batch is made from a
+state of its own, so that the number of workers changes nothing, the model's own random numbers are
+not disturbed, and a batch is the same when an interrupted epoch is entered again.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class SeededBatches:
+    """A loader's ``collate_fn`` under a random state of the batch's own. [ours].
+
+    Args:
+        collate: What makes a batch of row numbers.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[int]], Any], seed: int) -> None:
+        self._collate = collate
+        self._seed = seed
+        self.epoch = 0
+
+    def __call__(self, index: Sequence[int]) -> Any:
+        """The batch of these rows."""
+        rows = np.asarray([self._seed, self.epoch, *index], np.int64)
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+        seed = zlib.crc32(rows.tobytes())
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002  (what RecBole draws from)
+        # not torch.manual_seed, which seeds the GPUs too
+        torch.default_generator.manual_seed(seed)
+        try:
+            return self._collate(index)
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])  # noqa: NPY002
+            torch.set_rng_state(before[2])
+
+
+def loaders_of(data: Any) -> list[Any]:
+    """The torch loaders of a RecBole loader; a knowledge-based one has two."""
+    parts = [getattr(data, name, None) for name in ("general_dataloader", "kg_dataloader")]
+    return [part for part in parts if part is not None] or [data]
+
+
+def seed_batches(data: Any, seed: int, epoch: int = 0) -> None:
+    """Make a RecBole loader, from its next pass on, draw what it draws for this seed and epoch."""
+    for loader in loaders_of(data):
+        if not isinstance(loader.collate_fn, SeededBatches):
+            loader.collate_fn = SeededBatches(loader.collate_fn, seed)
+        loader.collate_fn.epoch = epoch

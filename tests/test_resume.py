@@ -1,0 +1,304 @@
+"""Interrupted runs end as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import recbole_mm
+from recbole_mm import trainer
+from recbole_mm.checkpoint import read
+from recbole_mm.config import DATASETS
+from recbole_mm.errors import InputError
+from recbole_mm.models.mufasa import MUFASA
+from recbole_mm.training import TrainingLoop
+
+QUICK = {
+    "epochs": 3,
+    "MAX_ITEM_LIST_LENGTH": 10,
+    "train_batch_size": 512,
+    "show_progress": False,
+    "checkpoint_minutes": 0,
+    "hidden_size": 16,
+    "inner_size": 32,
+}
+OF_MODEL = {
+    "MUFASA": {"mfl_pretrain_epochs": 2, "freeze_mfl": True, "train_batch_size": 64},
+    "SASRecFast": {"train_objective": "last"},
+    "SASRecMM": {"train_batch_size": 64},
+    "MultiVAE": {"train_batch_size": 64},
+}
+SECONDS = ("train_seconds", "train_cpu_seconds", "valid_seconds", "valid_cpu_seconds")
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing of ours catches it."""
+
+
+def train(model, where, **values):
+    values = {**QUICK, **OF_MODEL.get(model, {}), "checkpoint_dir": str(where), **values}
+    return recbole_mm.run(model, "tiny", config_dict=values)
+
+
+def only_folder(where):
+    (path,) = Path(where).glob("*/*/*")
+    return path
+
+
+def contents(folder):
+    """All that two equal runs share, weights excepted."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder / "result.json").read_text())
+    for key in ("seconds", "run"):
+        del result[key]
+    return {
+        "metrics": [{k: v for k, v in line.items() if k not in SECONDS} for line in lines],
+        "result": result,
+    }
+
+
+def differing_tensors(first, second, name):
+    one, two = load_file(first / name), load_file(second / name)
+    assert list(one) == list(two)
+    return [key for key in one if not torch.equal(one[key], two[key])]
+
+
+def assert_equal_runs(first, second):
+    assert contents(first) == contents(second)
+    for name in ("model.safetensors", "last.safetensors"):
+        assert differing_tensors(first, second, name) == []
+
+
+@pytest.fixture
+def killed_at(monkeypatch):
+    """Kill a run in its n-th optimizer step, or call of another method, before it does anything."""
+
+    def arm(n, owner=TrainingLoop, name="_step"):
+        original, count = getattr(owner, name), [0]
+
+        def counted(self, *args, **kwargs):
+            if count[0] == n:
+                monkeypatch.undo()  # the next process is not killed
+                raise Killed
+            count[0] += 1
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    return arm
+
+
+def interrupted(model, where, **values):
+    with pytest.raises(Killed):
+        train(model, where, **values)
+    folder = only_folder(where)
+    assert not (folder / "result.json").exists()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs that were not interrupted, each trained once."""
+    made = {}
+
+    def make(model, **values):
+        key = (model, *sorted(values.items()))
+        if key not in made:
+            where = tmp_path_factory.mktemp("whole")
+            train(model, where, **values)
+            made[key] = only_folder(where)
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("model", "steps"),
+    [
+        *(("MUFASA", 0), ("MUFASA", 4), ("MUFASA", 11), ("SASRecFast", 2), ("CAMMSR", 5)),
+        *(("MDSRec", 5), ("SASRecMM", 7), ("SASRec", 5), ("BERT4Rec", 5)),
+        *(("BPR", 7), ("LightGCN", 7), ("MultiVAE", 9), ("Pop", 2)),
+    ],
+)
+def test_a_run_killed_in_an_epoch_ends_as_if_it_had_not_been(
+    model, steps, whole, killed_at, tmp_path
+):
+    reference = whole(model)
+    killed_at(steps)
+    folder = interrupted(model, tmp_path)
+    n_batches = read(reference / "last.safetensors").about["of_epoch"]["batches"]
+    assert read(folder / "last.safetensors").about["position"] == {
+        "stage": "training",
+        "epoch": steps // n_batches,
+        "batch": steps % n_batches,
+    }
+    recbole_mm.run(resume=folder)
+    assert_equal_runs(reference, folder)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "n"),
+    [
+        (MUFASA, "fusion_terms", 1),  # in the first pass of the pre-training
+        (MUFASA, "fusion_terms", 3),
+        (trainer.TrainerMixin, "evaluate", 1),  # before validation
+        (trainer.TrainerMixin, "_save_checkpoint", 1),  # after validation
+        (trainer.TrainerMixin, "evaluate", 3),  # before the test
+    ],
+)
+def test_a_run_killed_between_epochs_ends_as_if_it_had_not_been(
+    owner, name, n, whole, killed_at, tmp_path
+):
+    values = {"mfl_batch_items": 64, "checkpoint_minutes": 10.0}
+    reference = whole("MUFASA", **values)
+    killed_at(n, owner, name)
+    folder = interrupted("MUFASA", tmp_path, **values)
+    recbole_mm.run(resume=folder)
+    assert_equal_runs(reference, folder)
+
+
+def test_a_run_can_be_killed_again_and_again(whole, killed_at, tmp_path):
+    killed_at(2)
+    folder = interrupted("MUFASA", tmp_path)
+    for _ in range(2):
+        killed_at(3)
+        with pytest.raises(Killed):
+            recbole_mm.run(resume=folder)
+    recbole_mm.run(resume=folder)
+    assert_equal_runs(whole("MUFASA"), folder)
+
+
+def test_early_stopping_remembers(whole, killed_at, tmp_path):
+    values = {"epochs": 30, "stopping_step": 1, "learning_rate": 0.1}
+    reference = whole("SASRecFast", **values)
+    result = json.loads((reference / "result.json").read_text())
+    assert result["epochs"] < 30
+    killed_at(result["epochs"], trainer.TrainerMixin, "evaluate")  # it has stopped
+    folder = interrupted("SASRecFast", tmp_path, **values)
+    recbole_mm.run(resume=folder)
+    assert_equal_runs(reference, folder)
+
+
+# ------------------------------------------------------------------------- what may be resumed
+
+
+def test_a_finished_run_says_so(whole, capsys):
+    folder = whole("SASRecFast")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+    result = recbole_mm.run(resume=folder, config_dict={"show_progress": True})
+    assert "this run is finished" in capsys.readouterr().out
+    assert result == json.loads((folder / "result.json").read_text())
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_finished_run_can_be_given_more_epochs(whole, tmp_path):
+    folder = shutil.copytree(whole("SASRecFast"), tmp_path / "run")
+    result = recbole_mm.run(resume=folder, config_dict={"epochs": 5})
+    longer = json.loads((whole("SASRecFast", epochs=5) / "result.json").read_text())
+    assert result["test_result"] == longer["test_result"]
+    assert result["epochs"] == 5
+
+
+@pytest.fixture
+def cut(killed_at, tmp_path):
+    killed_at(2)
+    return interrupted("SASRecFast", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rate": 0.5}, r"learning_rate \(0.001 then, 0.5 now\)"),
+        ({"seed": 3, "hidden_size": 32}, r"hidden_size \(16 then, 32 now\), seed"),
+    ],
+)
+def test_other_values_are_refused_by_name(values, message, cut):
+    with pytest.raises(InputError, match=message):
+        recbole_mm.run(resume=cut, config_dict=values)
+
+
+def test_another_model_or_data_set_is_refused(cut):
+    with pytest.raises(InputError, match=r"\('SASRecFast' then, 'SASRec' now\)"):
+        recbole_mm.run("SASRec", resume=cut)
+    with pytest.raises(InputError, match=r"dataset \('tiny' then, 'ml-100k' now\)"):
+        recbole_mm.run(dataset="ml-100k", resume=cut, config_dict={"data_path": str(DATASETS)})
+
+
+def test_changed_data_are_refused(cut, tmp_path):
+    data = shutil.copytree(DATASETS / "tiny", tmp_path / "data" / "tiny")
+    file = data / "tiny.inter"
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(InputError, match="the data have changed since this run"):
+        recbole_mm.run(resume=cut, config_dict={"data_path": str(data.parent)})
+
+
+def test_a_folder_without_a_checkpoint_is_refused(cut):
+    (cut / "last.safetensors").unlink()
+    with pytest.raises(InputError, match=r"has no last\.safetensors"):
+        recbole_mm.run(resume=cut)
+    with pytest.raises(InputError, match="not a run folder"):
+        recbole_mm.run(resume=cut.parent)
+
+
+def test_a_damaged_checkpoint_is_refused(cut):
+    file = cut / "last.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(InputError, match=r"last\.safetensors: cannot be read"):
+        recbole_mm.run(resume=cut)
+
+
+def test_a_trainer_with_a_state_of_its_own_is_refused(tmp_path):
+    train("RecVAE", tmp_path, epochs=1)
+    folder = only_folder(tmp_path)
+    assert not (folder / "last.safetensors").exists()
+    (folder / "result.json").unlink()
+    with pytest.raises(InputError, match="RecVAE cannot be resumed"):
+        recbole_mm.run(resume=folder)
+
+
+def test_a_model_that_changes_what_cannot_be_saved_is_refused(tmp_path):
+    train("SGL", tmp_path, epochs=1)
+    folder = only_folder(tmp_path)
+    (folder / "result.json").unlink()
+    with pytest.raises(InputError, match=r"it changes sub_graph1 \(Tensor\), sub_graph2"):
+        recbole_mm.run(resume=folder)
+
+
+# ------------------------------------------------------------------------- workers
+
+
+@pytest.mark.parametrize("model", ["MUFASA", "BERT4Rec", "BPR"])
+def test_the_number_of_workers_changes_nothing(model, whole):
+    """BERT4Rec draws masks and BPR draws negatives while a batch is made."""
+    alone, helped = whole(model, epochs=2), whole(model, epochs=2, worker=2)
+    assert contents(alone) == contents(helped)
+    assert differing_tensors(alone, helped, "last.safetensors") == []
+
+
+# ------------------------------------------------------------------------- a real kill
+
+
+@pytest.mark.slow
+def test_a_process_killed_by_the_system_can_be_resumed(whole, tmp_path):
+    values = {**QUICK, **OF_MODEL["MUFASA"], "checkpoint_dir": str(tmp_path), "epochs": 40}
+    arguments = [f"--{key}={value}" for key, value in values.items()]
+    command = [sys.executable, "-m", "recbole_mm.cli", "run", "--model=MUFASA", "--dataset=tiny"]
+    process = subprocess.Popen([*command, *arguments])
+    while not list(tmp_path.glob("tiny/MUFASA/*/metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    folder = only_folder(tmp_path)
+    assert not (folder / "result.json").exists()
+    resume = [sys.executable, "-m", "recbole_mm.cli", "run", f"--resume={folder}"]
+    assert subprocess.run(resume, check=False).returncode == 0
+    assert_equal_runs(whole("MUFASA", epochs=40), folder)

@@ -1,0 +1,199 @@
+"""The pass over the batches: RecBole's in its numbers, and what it checks besides."""
+
+import copy
+import re
+
+import pytest
+import torch
+from recbole.trainer import Trainer
+
+from recbole_mm.config import Config
+from recbole_mm.errors import InputError, NumericalError
+from recbole_mm.registry import MODELS
+
+
+def seeded(world):
+    torch.manual_seed(7)
+    world.train.generator.manual_seed(7)
+
+
+def weights_after(trainer, world, train_epoch):
+    seeded(world)
+    losses = train_epoch(trainer, world.train, 0)
+    return losses, copy.deepcopy(world.model.state_dict())
+
+
+@pytest.mark.parametrize("clip", [None, {"max_norm": 0.05}])
+@pytest.mark.parametrize("model", ["MUFASA", "BERT4Rec", "BPR"])
+def test_a_pass_gives_the_weights_of_recboles_own(model, clip, build_trainer):
+    ours, world = build_trainer(model)
+    ours.clip_grad_norm = clip
+    state = copy.deepcopy(world.model.state_dict())
+    losses, weights = weights_after(ours, world, lambda t, *a: super(type(t), t)._train_epoch(*a))
+    again, _ = build_trainer(model)
+    again.model.load_state_dict(state)
+    again.clip_grad_norm = clip
+    world.model = again.model
+    expected_losses, expected = weights_after(again, world, Trainer._train_epoch)
+    assert losses == expected_losses
+    assert [name for name in expected if not torch.equal(weights[name], expected[name])] == []
+    assert not torch.equal(next(iter(state.values())), next(iter(weights.values())))
+
+
+# ------------------------------------------------------------------------- numbers not finite
+
+
+def train_once(trainer, world):
+    seeded(world)
+    trainer._started = (0.0, 0.0)
+    trainer._train_epoch(world.train, 0)
+
+
+FEATURES = r" \(features of the batch: text of \d+ of \d+ items, norms .* 0 not finite; image of"
+
+
+def test_a_gradient_that_is_not_finite_names_its_term_batch_and_features(build_trainer):
+    """The root of zero is finite, its slope is not."""
+    trainer, world = build_trainer("MUFASA")
+    loss, weight = world.model.calculate_loss, world.model.norm.bias
+    batches = []
+
+    def steep(interaction):
+        batches.append(len(interaction))
+        terms = loss(interaction)
+        if len(batches) < 2:
+            return terms
+        return (terms[0], terms[1] + (weight * 0).sqrt().sum(), *terms[2:])
+
+    world.model.calculate_loss = steep
+    before = None
+
+    def note(*_):
+        nonlocal before
+        before = copy.deepcopy(world.model.state_dict())
+
+    trainer._after_batch = note
+    message = r"epoch 0, batch 2: the gradient of loss term 'semantic' is not finite at norm\.bias"
+    with pytest.raises(NumericalError, match=message + ".*" + FEATURES):
+        train_once(trainer, world)
+    after = world.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_loss_that_is_not_finite_names_its_term_batch_and_features(build_trainer):
+    trainer, world = build_trainer("MUFASA")
+    loss = world.model.calculate_loss
+
+    def broken(interaction):
+        first, *rest = loss(interaction)
+        return (first, rest[0] / 0, *rest[1:])
+
+    world.model.calculate_loss = broken
+    message = "epoch 0, batch 1: loss term 'semantic' is inf"
+    with pytest.raises(NumericalError, match=message + FEATURES):
+        train_once(trainer, world)
+
+
+def test_a_large_gradient_is_no_error(build_trainer):
+    """The squares of its numbers overflow, the numbers do not."""
+    trainer, world = build_trainer("SASRecFast")
+    loss = world.model.calculate_loss
+    world.model.calculate_loss = lambda batch: (loss(batch)[0] * 1e25,)
+    train_once(trainer, world)
+
+
+def test_the_last_good_checkpoint_survives_a_gradient_that_is_not_finite(tmp_path, monkeypatch):
+    import recbole_mm
+    from recbole_mm.checkpoint import read
+    from recbole_mm.models.sasrec import SASRecFast
+
+    loss, count = SASRecFast.calculate_loss, [0]
+
+    def broken(self, interaction):
+        count[0] += 1
+        terms = loss(self, interaction)
+        if count[0] < 30:
+            return terms
+        return (terms[0] + (self.LayerNorm.bias * 0).sqrt().sum(),)
+
+    values = {"checkpoint_dir": str(tmp_path), "show_progress": False, "epochs": 20}
+    values |= {"train_batch_size": 64, "checkpoint_minutes": 0, "MAX_ITEM_LIST_LENGTH": 10}
+    monkeypatch.setattr(SASRecFast, "calculate_loss", broken)
+    with pytest.raises(NumericalError, match=r"'next_item' is not finite at .*LayerNorm\.bias"):
+        recbole_mm.run("SASRecFast", "tiny", config_dict=values)
+    monkeypatch.undo()
+    (folder,) = tmp_path.glob("*/*/*")
+    assert all(t.isfinite().all() for t in read(folder / "last.safetensors").tensors.values())
+    assert all(t.isfinite().all() for t in read(folder / "model.safetensors").tensors.values())
+    assert recbole_mm.run(resume=folder)["epochs"] == 20
+
+
+# ------------------------------------------------------------------------- number types
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+def test_bfloat16_trains_with_losses_near_those_of_float32(model, build_trainer):
+    trainer, world = build_trainer(model, enable_amp=True)
+    whole, same = build_trainer(model)
+    same.model.load_state_dict(world.model.state_dict())
+    for one, its_world in ((trainer, world), (whole, same)):
+        train_once(one, its_world)
+    assert trainer._term_sums == pytest.approx(whole._term_sums, rel=0.05, abs=0.05)
+    assert trainer._term_sums != whole._term_sums
+    assert all(p.dtype == torch.float32 for p in world.model.parameters())
+
+
+HALF = {"enable_amp": True, "amp_dtype": "float16", "enable_scaler": True}
+
+
+def test_gradients_of_float16_are_clipped_after_they_are_unscaled(build_trainer):
+    trainer, world = build_trainer("SASRecFast", **HALF)
+    trainer.clip_grad_norm = {"max_norm": 0.05}
+    norms = []
+
+    def note(optimizer, *_):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.nn.utils.get_total_norm([g for g in gradients if g is not None]))
+
+    trainer.optimizer.register_step_pre_hook(note)
+    train_once(trainer, world)
+    assert trainer.scaler.get_scale() > 1
+    # clipped while scaled, they would be 65,536 times smaller
+    assert all(0.049 < float(norm) < 0.0501 for norm in norms)
+
+
+def test_one_scaler_serves_the_whole_training(build_trainer):
+    trainer, world = build_trainer("SASRecFast", **HALF)
+    trainer.scaler.load_state_dict({**trainer.scaler.state_dict(), "scale": 1024.0})
+    train_once(trainer, world)
+    assert trainer.scaler.state_dict()["scale"] == 1024.0
+    assert trainer.scaler.state_dict()["_growth_tracker"] == len(world.train)
+
+
+def test_a_step_that_overflows_float16_is_left_out_until_nothing_helps(build_trainer):
+    trainer, world = build_trainer("SASRecFast", **HALF)
+    loss, weight = world.model.calculate_loss, world.model.LayerNorm.bias
+    world.model.calculate_loss = lambda b: (loss(b)[0] + (weight * 0).sqrt().sum(),)
+    before = copy.deepcopy(world.model.state_dict())
+
+    def forty_passes():
+        for _ in range(40):
+            train_once(trainer, world)
+
+    with pytest.raises(NumericalError, match="not finite in float16 however little"):
+        forty_passes()
+    after = world.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"enable_amp": True, "amp_dtype": "float16"}, "set enable_scaler: True"),
+        ({"amp_dtype": "float8"}, "must be 'bfloat16' or 'float16', got 'float8'"),
+        ({"checkpoint_minutes": -1}, "checkpoint_minutes must not be negative"),
+    ],
+)
+def test_impossible_number_types_are_refused(values, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Config("SASRecFast", "tiny", config_dict=values)
