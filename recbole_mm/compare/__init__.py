@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from recbole_mm.compare.cells import Outcome, execute
 from recbole_mm.compare.plan import Cell, plan
+from recbole_mm.compare.report import render
 from recbole_mm.compare.tables import Table, protocol_of, tabulate
 from recbole_mm.compare.write import write_all
 from recbole_mm.errors import EnvironmentFault, InputError
@@ -101,7 +102,7 @@ def compare(
             tick=progress.show_running,
         )
     tables = tabulate(outcomes, show)
-    write_all(tables, outcomes, folder)
+    write_all(tables, outcomes, render(tables), folder)
     return tables
 
 

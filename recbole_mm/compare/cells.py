@@ -253,6 +253,7 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
         "threads": threads,
     }
     run_folder = Path(result.pop("run"))
+    _explain(cell, run_folder)
     counts = out / "data" / f"{fingerprint(result['protocol'])}.csv"
     if not counts.is_file():
         frame = counts_of(cell.row.model, cell.dataset, cell.values)
@@ -269,6 +270,18 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
         "result": result,
         "cost": cost,
     }
+
+
+def _explain(cell: Cell, run_folder: Path) -> None:
+    """Let a model that can tell something of itself do so; the cell does not depend on it."""
+    from recbole_mm.quick_start import explain_run
+    from recbole_mm.registry import get_model
+
+    if hasattr(get_model(cell.row.model), "explain"):
+        try:
+            explain_run(run_folder)
+        except RecboleMMError as error:
+            print(f"explain: {error}")  # noqa: T201  (into output.log)
 
 
 def _measure_missing(folder: Path, wanted: missing.Wanted) -> None:

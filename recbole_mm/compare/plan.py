@@ -32,7 +32,7 @@ _NOT_IN_KEY = frozenset(
         *("checkpoint_dir", "data_path", "feature_cache_dir", "dataset_save_path"),
         *("dataloaders_save_path", "device", "gpu_id", "use_gpu", "local_rank", "single_spec"),
         *("nproc", "world_size", "ip", "port", "offset", "worker", "show_progress", "state"),
-        *("log_wandb", "wandb_project", "save_per_user", "loss_decimal_place"),
+        *("log_wandb", "wandb_project", "save_per_user", "explain", "loss_decimal_place"),
     }
 )
 _RESERVED = {

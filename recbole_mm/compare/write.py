@@ -28,8 +28,14 @@ _TEX_SPECIAL = str.maketrans(
 )
 
 
-def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], out: Path) -> None:
+def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], page: str, out: Path) -> None:
     """Write every file of the tables into ``out``.
+
+    Args:
+        tables: One for each data set.
+        outcomes: Of all cells.
+        page: The report.
+        out: The folder.
 
     Raises:
         EnvironmentFault: If the folder cannot be written.
@@ -47,6 +53,7 @@ def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], out: Path) -
             _write(out / "missing.csv", missing.to_csv(index=False))
         _write(out / "cells.csv", _frame_of_cells(outcomes, out).to_csv(index=False))
         _write_parquet(tables, out)
+        _write(out / "report.html", page)
     except OSError as error:
         raise EnvironmentFault(
             f"{out}: cannot be written ({error.strerror or error}); free space or choose another "
@@ -76,12 +83,13 @@ def _with_spread(values: NDArray[np.float64]) -> str:
     return f"{mean:.4f}" if np.isnan(sd) else f"{mean:.4f} ± {sd:.4f}"
 
 
-def _is_cold(users: pd.DataFrame) -> Any:
+def is_cold(users: pd.DataFrame) -> Any:
+    """Which test rows have a target that never occurs in training."""
     return users["target_count"] == 0
 
 
 def _cold_header(table: Table, metric: str) -> str:
-    n = int(_is_cold(table.rows[0].users[0]).sum())
+    n = int(is_cold(table.rows[0].users[0]).sum())
     return f"cold {metric} ({n} targets)"
 
 
@@ -149,7 +157,7 @@ def _frame_for_reading(table: Table, marks: dict[str, str], bold: str, under: st
         for metric in table.metrics:
             line[f"test {metric}"] = _value(table, row, metric, marks, bold, under)
         if table.has_cold_targets:
-            line[_cold_header(table, main)] = _with_spread(row.on(_is_cold, main))
+            line[_cold_header(table, main)] = _with_spread(row.on(is_cold, main))
         gain = table.gain(row, main)
         line["gain"] = "" if gain is None else f"{gain:+.1f} %"
         line["best epoch"] = _epochs(row)

@@ -17,9 +17,9 @@ from recbole_mm.compare import compare
 from recbole_mm.compare.tables import tabulate
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.protocol import Protocol
+from tests.compare.conftest import QUICK
 
 ROOT = Path(__file__).parents[2]
-QUICK = ["--epochs=1", "--MAX_ITEM_LIST_LENGTH=10", "--train_batch_size=512"]
 SAME = ("table.md", "table.tex", "table.csv", "significance.csv", "users.parquet", "topk.parquet")
 
 
@@ -27,23 +27,9 @@ def contents(out):
     return {name: (out / name).read_bytes() for name in SAME}
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """Two rows that finish and one that fails; MUFASA needs features, and two items have none."""
-    out = tmp_path_factory.mktemp("compare")
-    file = out / "v.yaml"
-    file.write_text("greedy: {min_coverage: 1.0}\n")
-    arguments = [
-        *("compare", "--models=Pop,SASRecMM,MUFASA+greedy", "--datasets=tiny", "--seeds=1"),
-        *(f"--out={out}", f"--variants={file}", "--jobs=2", *QUICK),
-        "--missing_modality=text:0,100",
-    ]
-    assert main(arguments) == 0
-    return out, arguments, contents(out)
-
-
 def test_the_table_stands_in_every_form(done):
-    out, _, files = done
+    out, _ = done
+    files = contents(out)
     text = files["table.md"].decode()
     assert "| Pop " in text
     assert "**" in text
@@ -63,7 +49,7 @@ def test_the_table_stands_in_every_form(done):
 
 
 def test_what_each_user_got_adds_up_to_the_table(done):
-    out, _, _ = done
+    out, _ = done
     users = pd.read_parquet(out / "users.parquet")
     means = pd.read_csv(out / "table.csv").query("part == 'test'").set_index(["model", "metric"])
     for model, part in users.groupby("model"):
@@ -83,7 +69,7 @@ def test_what_each_user_got_adds_up_to_the_table(done):
 
 
 def test_histories_and_counts_are_those_of_the_file(done):
-    out, _, _ = done
+    out, _ = done
     users = pd.read_parquet(out / "users.parquet").query("model == 'Pop'").set_index("user")
     inter = pd.read_csv(ROOT / "dataset_atomic/tiny/tiny.inter", sep="\t")
     inter.columns = ["user", "item", "time"]
@@ -97,7 +83,8 @@ def test_histories_and_counts_are_those_of_the_file(done):
 
 
 def test_a_failed_cell_is_reported_with_its_reason_and_stops_no_other(done):
-    out, _, files = done
+    out, _ = done
+    files = contents(out)
     assert "failed: MUFASA+greedy on tiny, seed 2020" in files["table.md"].decode()
     cells = pd.read_csv(out / "cells.csv").set_index("model")
     assert cells["state"].to_dict() == {
@@ -109,7 +96,8 @@ def test_a_failed_cell_is_reported_with_its_reason_and_stops_no_other(done):
 
 
 def test_finished_cells_are_not_run_again_and_the_table_is_the_same(done, capsys):
-    out, arguments, files = done
+    out, arguments = done
+    files = contents(out)
     records = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/*/cell.json")}
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("(already finished)") == 2
@@ -118,7 +106,7 @@ def test_finished_cells_are_not_run_again_and_the_table_is_the_same(done, capsys
 
 
 def test_two_compares_do_not_share_a_folder(done, tmp_path):
-    out, _, _ = done
+    out, _ = done
     code = (
         f"import fcntl, time; f = open({str(out / '.lock')!r}, 'a'); "
         "fcntl.flock(f, fcntl.LOCK_EX); print('held', flush=True); time.sleep(60)"
@@ -131,7 +119,7 @@ def test_two_compares_do_not_share_a_folder(done, tmp_path):
 
 
 def test_runs_of_other_items_or_splits_do_not_share_a_table(done):
-    out, _, _ = done
+    out, _ = done
     tables = finished(out)
     for field, value in (("items", "0" * 12), ("test", "1" * 12), ("mask_history", True)):
         changed = [tables[0], altered(tables[1], field, value)]
@@ -159,7 +147,8 @@ def altered(outcome, field, value):
 
 def test_a_modality_can_be_missing_at_test(done):
     """Nothing hidden is the test result; the planted answer is in the features."""
-    out, _, files = done
+    out, _ = done
+    files = contents(out)
     curve = pd.read_csv(out / "missing.csv")
     assert set(curve["model"]) == {"SASRecMM"}
     of_table = pd.read_csv(out / "table.csv").query("part == 'test' and metric == 'ndcg@10'")
