@@ -1,10 +1,12 @@
 """Running the cells of a table: each in a process of its own, none twice.
 
+A cell that was killed half-way goes on from its last checkpoint, or starts again.
+
 The folder of a cell holds a run folder below ``run/``, with ``per_user.npz`` in it, and
 
 ==================  =====================================================================
 ``cell.json``       written last: the cell is finished, and will not run again
-``error.json``      why it failed; it is tried again by the next compare
+``error.json``      why it failed; it starts anew in the next compare
 ``missing.json``    test results with a modality missing, if they were asked for
 ``output.log``      what its process printed
 ==================  =====================================================================
@@ -213,8 +215,8 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     _end_with_parent()
     folder = out / "cells" / cell.folder
-    if not (folder / RECORD).is_file():
-        shutil.rmtree(folder, ignore_errors=True)  # what an earlier attempt left
+    if (folder / ERROR).is_file():
+        shutil.rmtree(folder)  # it starts anew
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.log").open("a") as log:
         for stream in (sys.stdout, sys.stderr):
@@ -236,24 +238,19 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
 
 def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
     from recbole_mm.compare.users import counts_of
-    from recbole_mm.quick_start import run
 
     folder = out / "cells" / cell.folder
     started, cpu = time.perf_counter(), time.process_time()
-    result = run(
-        cell.row.model,
-        cell.dataset,
-        [cell.values],
-        {"checkpoint_dir": str(folder / "run")},
-    )
+    result, earlier = _start_or_continue(cell, folder)
     cost = {
         "wall_seconds": round(time.perf_counter() - started, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "cpu_seconds": round(time.process_time() - cpu + earlier, 2),
         "peak_memory_mb": peak_memory_mb(),
         "threads": threads,
     }
     run_folder = Path(result.pop("run"))
     _explain(cell, run_folder)
+    (run_folder / "last.safetensors").unlink(missing_ok=True)  # a finished cell never goes on
     counts = out / "data" / f"{fingerprint(result['protocol'])}.csv"
     if not counts.is_file():
         frame = counts_of(cell.row.model, cell.dataset, cell.values)
@@ -270,6 +267,34 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
         "result": result,
         "cost": cost,
     }
+
+
+def _start_or_continue(cell: Cell, folder: Path) -> tuple[dict[str, Any], float]:
+    """The result of the cell's run; one that was killed goes on, if this is the same version.
+
+    Returns:
+        The result, and the CPU seconds of the epochs before this process.
+    """
+    from recbole_mm.quick_start import run
+
+    for state in sorted((folder / "run").glob("*/*/*/last.safetensors")):
+        made = json.loads((state.parent / "environment.json").read_text(encoding="utf-8"))
+        if made["packages"]["recbole_mm"] == __version__:
+            try:
+                earlier = _cpu_seconds(state.parent / "metrics.jsonl")
+                return run(resume=state.parent), earlier
+            except InputError as error:
+                print(error)  # noqa: T201  (into output.log)
+    shutil.rmtree(folder / "run", ignore_errors=True)
+    values = {"checkpoint_dir": str(folder / "run")}
+    return run(cell.row.model, cell.dataset, [cell.values], values), 0.0
+
+
+def _cpu_seconds(epochs: Path) -> float:
+    text = epochs.read_text(encoding="utf-8") if epochs.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
+    notes = [json.loads(line) for line in whole.splitlines()]
+    return float(sum(n["train_cpu_seconds"] + n.get("valid_cpu_seconds", 0) for n in notes))
 
 
 def _explain(cell: Cell, run_folder: Path) -> None:

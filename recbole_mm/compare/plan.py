@@ -33,6 +33,7 @@ _NOT_IN_KEY = frozenset(
         *("dataloaders_save_path", "device", "gpu_id", "use_gpu", "local_rank", "single_spec"),
         *("nproc", "world_size", "ip", "port", "offset", "worker", "show_progress", "state"),
         *("log_wandb", "wandb_project", "save_per_user", "explain", "loss_decimal_place"),
+        *("checkpoint_minutes", "eval_memory_mb"),
     }
 )
 _RESERVED = {
