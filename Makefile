@@ -6,7 +6,7 @@ ARGS ?=
 # which of benchmarks/*.py `make bench` runs
 NAME ?= sparse_attention
 
-.PHONY: run test test-slow check format bench clean
+.PHONY: run test test-slow fuzz check format bench clean
 
 run: $(VENV)/installed
 	$(BIN)/python run_recbole_mm.py --model=MUFASA $(or $(ARGS),--epochs=20)
@@ -16,6 +16,9 @@ test: $(VENV)/installed-test
 
 test-slow: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -n auto -m slow $(ARGS)
+
+fuzz: $(VENV)/installed-test
+	$(BIN)/python -m tests.data.test_fuzz_readers $(ARGS)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff check .

@@ -145,7 +145,8 @@ def _open(path: Path, encoding: str) -> Iterator[tuple[BinaryIO, str]]:
     """The bytes of a file and their codec; a file in a wide encoding comes as UTF-8."""
     try:
         codec = codecs.lookup(encoding).name.removesuffix("-sig")
-    except LookupError:
+        io.TextIOWrapper(io.BytesIO(), encoding=codec)  # refuses a codec that is not of text
+    except (LookupError, ValueError):
         raise InputError(
             f"encoding: unknown encoding {encoding!r}; use for example utf-8"
         ) from None
@@ -157,9 +158,10 @@ def _open(path: Path, encoding: str) -> Iterator[tuple[BinaryIO, str]]:
             yield io.BytesIO(path.read_bytes().decode(codec).encode()), "utf-8"
     except FileNotFoundError:
         raise InputError(f"{path}: no such file{_files_beside(path)}") from None
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise InputError(
-            f"{path}{_undecodable_line(path, codec)}: not {encoding} ({error.reason}); "
+            f"{path}{_undecodable_line(path, codec)}: not {encoding} "
+            f"({getattr(error, 'reason', error)}); "
             "set encoding to that of the file, or convert the file to UTF-8"
         ) from None
     except OSError as error:

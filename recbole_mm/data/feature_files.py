@@ -92,6 +92,8 @@ def kind_of(path: Path) -> str:
         raise InputError(f"feature file {path} does not exist; {_neighbours(path)}")
     if path.is_dir():
         return "folder"
+    if not path.is_file():
+        raise InputError(f"{path}: neither a file nor a folder; give a plain file")
     if HEADERLESS.fullmatch(suffix):
         return "headerless"
     kinds = {".pth": "pt", ".tsv": "csv"}
@@ -297,8 +299,8 @@ def _read_npz(path: Path) -> FeatureFile:
 
 
 def _read_pt(path: Path) -> FeatureFile:
-    mappable = zipfile.is_zipfile(path)  # torch maps only its zip form
     try:
+        mappable = zipfile.is_zipfile(path)  # torch maps only its zip form
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except PermissionError as error:
         raise EnvironmentFault(f"cannot read {path}: check the file's permissions") from error
@@ -315,14 +317,23 @@ def _read_pt(path: Path) -> FeatureFile:
             "save the (rows, width) tensor alone, torch.save(matrix, path)"
         )
     dtype = str(held.dtype).removeprefix("torch.")
-    if held.layout is not torch.strided or held.is_quantized or held.is_complex():
+    is_dense = held.layout is torch.strided and not held.is_nested and held.device.type == "cpu"
+    if not is_dense or held.is_quantized or held.is_complex():
         raise InputError(f"{path}: {held.layout} tensor of {dtype}; save dense real numbers")
     if held.ndim != 2 or held.numel() == 0:
         raise InputError(
             f"{path}: shape {tuple(held.shape)}; a feature matrix is (rows, width), both positive"
         )
     held = held.detach()
-    return FeatureFile(held if held.dtype in HALF_OR_SINGLE else held.float(), dtype)
+    if held.numel() * held.element_size() > held.untyped_storage().nbytes():
+        raise InputError(
+            f"{path}: shape {tuple(held.shape)}, but the file holds only a part of the numbers (an "
+            "expanded tensor); save matrix.contiguous()"
+        )
+    try:
+        return FeatureFile(held if held.dtype in HALF_OR_SINGLE else held.float(), dtype)
+    except (RuntimeError, NotImplementedError) as error:
+        raise InputError(f"{path}: tensor of {dtype}; save float32 or float16") from error
 
 
 def _read_headerless(path: Path, dim: int | None) -> FeatureFile:
@@ -355,6 +366,8 @@ def _read_folder(folder: Path) -> FeatureFile:
     def vector(path: Path) -> np.ndarray[Any, Any]:
         if path.is_symlink() and not path.resolve().is_relative_to(root):
             raise InputError(f"{path}: link out of its folder; copy the file into {folder}")
+        if not path.is_file():
+            raise InputError(f"{path}: not a file; remove it from {folder}")
         with _reading(path, "npy"), path.open("rb") as stream:
             numbers = np.lib.format.read_array(stream, allow_pickle=False)
         if numbers.size == 0 or numbers.shape[-1:] != (numbers.size,):

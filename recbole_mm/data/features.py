@@ -29,7 +29,7 @@ from recbole_mm.data.feature_files import (
     sha256_of,
     stamp_of,
 )
-from recbole_mm.errors import InputError, nearest
+from recbole_mm.errors import EnvironmentFault, InputError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -364,10 +364,15 @@ def _locate(declared: str, key: str, dataset_name: str, folder: Path) -> Path:
     before the check.
     """
     path = Path(declared.replace("{dataset}", dataset_name))
-    if path.is_absolute() and key == "path":
-        return path
     located = folder / path
-    if not located.resolve().is_relative_to(folder.resolve()):
+    try:
+        located.exists()
+        is_inside = located.resolve().is_relative_to(folder.resolve())
+    except PermissionError as error:
+        raise EnvironmentFault(f"{key}: {located}: {error.strerror}; change its mode") from error
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, a loop of links
+        raise InputError(f"{key}: {declared!r} is no usable path ({error}); correct it") from error
+    if not is_inside and not (path.is_absolute() and key == "path"):
         mend = "write it as an absolute path" if key == "path" else "copy the file into it"
         raise InputError(f"{key}: {declared!r} leads out of the dataset's folder {folder}; {mend}")
     return located

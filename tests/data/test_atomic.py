@@ -116,6 +116,17 @@ def test_unknown_encoding_is_refused(write):
         read_atomic(write("i:token\na\n"), encoding="utf-9")
 
 
+@pytest.mark.parametrize("encoding", ["zlib", "rot13", "base64", "u\0"])
+def test_codecs_that_are_not_of_text_are_unknown(write, encoding):
+    with pytest.raises(InputError, match="unknown encoding"):
+        read_atomic(write("i:token\na\n"), encoding=encoding)
+
+
+@pytest.mark.parametrize(("encoding", "text"), [("punycode", b"i:\n"), ("utf-7", b"i\n+2AA-\n")])
+def test_odd_encodings_fail_by_name(write, encoding, text):
+    refuses(write(text), f"not {encoding}", encoding=encoding)
+
+
 def test_nul_byte_is_refused_with_its_line(write):
     refuses(write(b"i:token\na\nb\0c\n"), "line 3", "NUL")
 

@@ -384,6 +384,41 @@ def test_archive_member_with_a_path_is_refused(tmp_path, member):
         read_features(tmp_path / "f.npz")
 
 
+def test_zip_that_claims_several_disks_is_refused(tmp_path):
+    path = write(tmp_path / "f.pt")
+    whole = path.read_bytes()
+    end = whole.rindex(b"PK\5\6")
+    claim = b"PK\6\7" + bytes(12) + b"\7\0\0\0"  # end of a 64-bit directory, on one of 7 disks
+    path.write_bytes(whole[:end] + claim + whole[end:])
+    with pytest.raises(InputError, match=r"f\.pt: damaged"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (lambda: torch.ones(1, 1, dtype=torch.float64).expand(10**6, 10**6), "only a part"),
+        (lambda: torch.ones(2, 3, device="meta"), "save dense real numbers"),
+        (lambda: torch.ones(2, 3, dtype=torch.uint8).view(torch.bits8), "tensor of bits8"),
+        (lambda: torch.nested.as_nested_tensor([torch.ones(2), torch.ones(3)]), "save dense"),
+        (lambda: torch.ones(2, 3).to_sparse(), "save dense"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_odd_tensors_are_refused(tmp_path, tensor, message):
+    torch.save(tensor(), tmp_path / "f.pt")
+    with pytest.raises(InputError, match=rf"f\.pt.*{message}"):
+        read(tmp_path / "f.pt")
+
+
+def test_what_is_no_plain_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "f.npy")
+    with pytest.raises(InputError, match=r"f\.npy: neither a file nor a folder"):
+        read(tmp_path / "f.npy")
+    with pytest.raises(InputError, match=r"f\.npy: not a file"):
+        read(tmp_path)
+
+
 def test_link_out_of_a_folder_is_refused(tmp_path):
     folder(tmp_path / "folder", VALUES, TOKENS)
     np.save(tmp_path / "secret.npy", VALUES[0].numpy())

@@ -515,6 +515,15 @@ def test_case_27_link_out_of_the_dataset_is_refused(tmp_path, key):
         load(folder, **declaration)
 
 
+@pytest.mark.parametrize("key", ["path", "ids"])
+@pytest.mark.parametrize("name", ["a\0b.npy", "a" * 5000 + ".npy", "loop.npy"])
+def test_what_is_no_path_is_refused(tmp_path, key, name):
+    (tmp_path / "loop.npy").symlink_to("loop.npy")
+    np.save(tmp_path / "f.npy", VALUES.numpy())
+    with pytest.raises(InputError, match=rf"modalities\.text: .*{key}|loop"):
+        load(tmp_path, **{"path": "f.npy", key: name})
+
+
 def test_absolute_feature_file_is_the_users_own_choice(tmp_path):
     folder = tmp_path / "toy"
     folder.mkdir()
