@@ -173,10 +173,6 @@ def test_missing_data_set_lists_what_was_looked_for(tmp_path):
     )
 
 
-def test_a_data_set_name_cannot_leave_the_data_folder():
-    refused("plain folder name", dataset="../tiny")
-
-
 def test_missing_config_file_is_refused(tmp_path):
     refused("cannot be read", files=[tmp_path / "no.yaml"])
 
