@@ -11,6 +11,7 @@ import yaml
 from recbole_mm.config import Config, _from_text
 from recbole_mm.errors import NumericalError
 from recbole_mm.tuning.search import NOT_RESULTS, Record, Search, write_text
+from recbole_mm.tuning.space import Parameter
 
 
 def write_outputs(search: Search, config: Config, records: Sequence[Record]) -> dict[str, Any]:
@@ -115,7 +116,9 @@ def _page(search: Search, records: Sequence[Record]) -> str:
     ]
     texts = [hover[i] for i in done.index]
     dots = {"mode": "markers", "showlegend": False, "text": texts, "hoverinfo": "text+y"}
-    figure.add_scatter(x=done["trial"], y=so_far, line_shape="hv", name="best so far", row=1, col=1)
+    figure.add_scatter(
+        x=done["trial"], y=so_far, line_shape="hv", mode="lines", name="best so far", row=1, col=1
+    )
     figure.add_scatter(
         x=done["trial"],
         y=done["score"],
@@ -136,19 +139,12 @@ def _page(search: Search, records: Sequence[Record]) -> str:
             row=1,
             col=1,
         )
-    for index, name in enumerate(names):
-        row, col = 2 + index // 3, 1 + index % 3
-        parameter = search.space[name]
+    for index, parameter in enumerate(search.space.values()):
+        place = {"row": 2 + index // 3, "col": 1 + index % 3}
         is_choice = parameter.kind == "choice"
-        x = [values[name][i] for i in done.index] if is_choice else done[name]
-        figure.add_scatter(x=x, y=done["score"], **dots, row=row, col=col)
-        if is_choice:
-            labels = [str(value) for value in parameter.values]
-            figure.update_xaxes(
-                type="category", categoryorder="array", categoryarray=labels, row=row, col=col
-            )
-        elif parameter.kind == "loguniform":
-            figure.update_xaxes(type="log", row=row, col=col)
+        x = [values[parameter.name][i] for i in done.index] if is_choice else done[parameter.name]
+        figure.add_scatter(x=x, y=done["score"], **dots, **place)
+        figure.update_xaxes(**_axis(parameter), **place)
     figure.update_xaxes(title_text="trial", row=1, col=1)
     figure.update_yaxes(title_text=f"validation {search.metric}", row=1, col=1)
     figure.update_layout(
@@ -159,3 +155,10 @@ def _page(search: Search, records: Sequence[Record]) -> str:
     )
     page: str = go.Figure(figure).to_html(include_plotlyjs=True, full_html=True)
     return page
+
+
+def _axis(parameter: Parameter) -> dict[str, Any]:
+    if parameter.kind == "choice":
+        labels = [str(value) for value in parameter.values]
+        return {"type": "category", "categoryorder": "array", "categoryarray": labels}
+    return {"type": "log"} if parameter.kind == "loguniform" else {}
