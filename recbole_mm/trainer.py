@@ -359,7 +359,10 @@ class TrainerMixin:
         if self.folder is not None:
             lines = [note for note in self.history if "valid" in note]
             self.folder.write_lines("metrics.jsonl", lines)
-        _LOG.info("resumed in %(stage)s, epoch %(epoch)d, after %(batch)d batches", position)
+        message = "resumed in {stage}, epoch {epoch}, after {batch} batches".format(**position)
+        _LOG.info(message)
+        if not self._quiet:
+            tqdm.write(message)
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, state: Checkpoint) -> None:
         learner = Checkpoint(state.under("optimizer"), state.about["optimizer"])

@@ -197,3 +197,25 @@ def test_a_step_that_overflows_float16_is_left_out_until_nothing_helps(build_tra
 def test_impossible_number_types_are_refused(values, message):
     with pytest.raises(InputError, match=re.escape(message)):
         Config("SASRecFast", "tiny", config_dict=values)
+
+
+# ------------------------------------------------------------------------- threads
+
+
+@pytest.mark.slow  # two threads wait for each other on a busy machine
+@pytest.mark.parametrize("model", ["MUFASA", "SASRecFast"])
+def test_gradients_are_the_same_every_time_with_two_threads(model, build_trainer):
+    """Advanced indexing sums its gradient in whatever order the threads come."""
+    values = {"hidden_size": 64, "train_batch_size": 256, "MAX_ITEM_LIST_LENGTH": 20}
+    _, world = build_trainer(model, train_objective="last", **values)
+    batch = next(iter(world.train))
+    torch.set_num_threads(2)
+
+    def gradient():
+        torch.manual_seed(1)
+        world.model.zero_grad()
+        sum(world.model.calculate_loss(batch)).backward()
+        return world.model.item_embedding.weight.grad.clone()
+
+    first = gradient()
+    assert all(torch.equal(first, gradient()) for _ in range(5))
