@@ -51,13 +51,14 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
-# Scores that are in work at once on a CPU: more than the caches hold is slower, and so is an
-# allocation that the C library returns to the system after each batch (from 32 MiB on).
-_CPU_TILE = 16 << 20
+# Scores that are in work at once on a CPU, 16 MiB: more than the caches hold is slower.
+_CPU_TILE = 4 << 20
 _ALIGNED = 64  # scores, four cache lines
 _MOST_ITEMS = 1 << 31  # of a catalogue, where a pair of row and item is one number
 # Users of a product, if there are that many: fewer are slower.
 _ROWS = 128
+# Users that a model of RecBole's scores at once, if memory allows: fewer make its calls costly.
+_FEW_ROWS = 32
 # Scores, their copies while they are ranked, and the random numbers of ties.
 _COPIES = 8
 # What one pair of user and item takes inside a model that only has `predict`: about 1,000 floats.
@@ -133,8 +134,9 @@ class Ranker:
         self.n_items = int(dataset.item_num)
         self.device = torch.device(config["device"])
         memory = int(config["eval_memory_mb"] * 2**20)
-        tile = memory // _COPIES
-        self.tile = max(1, min(tile, _CPU_TILE) if self.device.type == "cpu" else tile) // 4
+        self.most_scores = memory // _COPIES // 4
+        on_cpu = self.device.type == "cpu"
+        self.tile = min(self.most_scores, _CPU_TILE) if on_cpu else self.most_scores
         self.n_pairs = max(1, memory // _BYTES_A_PAIR)
         kind = type(model)
         ours = MultimodalSequentialRecommender.full_sort_predict
@@ -214,8 +216,11 @@ class Ranker:
             return min(n_rows, self.most_rows)
         if self.multiplies:
             return n_rows
-        wide = self.n_pairs if self.only_predicts else self.tile
-        return min(n_rows, max(1, wide // self.n_items))
+        if self.only_predicts:
+            return min(n_rows, max(1, self.n_pairs // self.n_items))
+        # a model makes its scores anew each time: smaller ones find the memory of the last
+        few = max(1, min(_FEW_ROWS, self.most_scores // self.n_items))
+        return min(n_rows, max(few, self.tile // 2 // self.n_items))
 
     def _scores(
         self, interaction: Interaction, start: int, stop: int, masked: _Pairs | None

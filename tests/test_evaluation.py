@@ -64,7 +64,8 @@ def configure(topk, metrics=RANKING, **values):
 
 def ranker(model, n_items, config, tile=None):
     made = Ranker(model, config, SimpleNamespace(item_num=n_items))
-    made.tile = tile or made.tile
+    if tile:
+        made.tile = made.most_scores = tile
     return made
 
 
