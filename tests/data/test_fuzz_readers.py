@@ -338,7 +338,7 @@ def report(counts: dict[str, tuple[Counter[str], int]], cpu: float) -> str:
         "",
         f"{time.strftime('%Y-%m-%d')}; Python {platform.python_version()}, {packages}.",
         "",
-        "    make fuzz",
+        f'    make fuzz ARGS="{" ".join(sys.argv[1:])}"',
         "",
         "Each file is a valid one of its format (`bomb` and `raw`: a pickle that would touch a",
         "file) after one to five edits by hypothesis: bytes overwritten, inserted, deleted,",
