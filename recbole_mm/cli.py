@@ -222,7 +222,7 @@ def _tune(known: argparse.Namespace, rest: Sequence[str]) -> None:
 def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
     from recbole_mm.compare import compare, missing
 
-    compare(
+    tables = compare(
         _names(known.models),
         _names(known.datasets),
         _seeds(known.seeds),
@@ -242,6 +242,12 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
     for name in ("table.md", "cost.md"):
         print(Path(known.out, name).read_text(encoding="utf-8"))  # noqa: T201
     print(f"all files: {Path(known.out).resolve()}")  # noqa: T201
+    failed = sum(len(table.failures) for table in tables)
+    if failed:
+        print(  # noqa: T201
+            f"{failed} cells failed, see cells.csv; the same command tries them again",
+            file=sys.stderr,
+        )
 
 
 def _names(text: str) -> list[str]:

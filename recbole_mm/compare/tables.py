@@ -342,6 +342,8 @@ def caption(table: Table, marks: dict[str, str]) -> list[str]:
         else:
             against = "the best baseline"
             which = ", ".join(f"{name} in {metric}" for metric, name in names.items())
+            if len(set(names.values())) == 1:
+                which = next(iter(names.values()))
             lines.append(
                 f"Gain: relative to the best baseline, by mean test value in each metric ({which})."
             )
