@@ -1,8 +1,8 @@
-"""Bad data through the command line: the fault cases 1 to 28 and 30 of reliability.md.
+"""Bad input through the command line: the fault cases 1 to 28 and 30 to 33 of reliability.md.
 
 Each fault is planted into a copy of the generated data set. A refusal must have exit code 2, a
 message that names the culprit, and must leave nothing behind; what is accepted must give the
-result of the clean data. Cases 29, 33 and later ones belong to other parts.
+result of the clean data. `benchmarks/cases.py` runs RecBole itself on the same inputs.
 """
 
 import io
@@ -320,6 +320,13 @@ def test_case_28_declarations_are_data(world, capsys):
     assert not canary.exists()
 
 
+def test_case_28_values_of_the_command_line_are_data(world, capsys):
+    canary = world / "canary"
+    evil = f"--learning_rate=__import__('pathlib').Path('{canary}').touch()"
+    refused(world, capsys, "learning_rate must be of type float", arguments=[evil])
+    assert not canary.exists()
+
+
 def test_case_30_empty_text_is_missing_and_long_or_odd_text_is_read(world):
     path = folder(world) / "tiny.item"
     lines = path.read_text().splitlines()
@@ -330,6 +337,33 @@ def test_case_30_empty_text_is_missing_and_long_or_odd_text_is_read(world):
     argument = "--modalities={t: {derive: text, fields: [title], method: tfidf, dim: 4}}"
     done = result(world, argument, model="SASRecMM")
     assert done["data"]["modalities"][0]["missing"] >= 1
+
+
+# ---------------------------------------------------------------------- configuration, training
+
+
+def test_case_31_an_unknown_key_is_refused_with_the_nearest(world, capsys):
+    refused(world, capsys, "'learning_rat'", "'learning_rate'", arguments=["--learning_rat=0.1"])
+
+
+@pytest.mark.parametrize(
+    ("argument", "fragment"),
+    [
+        ("--stopping_step=many", "stopping_step must be of type int, got 'many'"),
+        ("--learner=adamm", "unknown optimizer 'adamm'; did you mean 'adam'"),
+        ("--metrics=['NDGC']", "unknown metric 'NDGC'; did you mean 'ndcg'"),
+        ("--topk=[10,500]", "more than the 120 items of tiny"),
+        ("--valid_metric=NDCG@7", "valid_metric 'NDCG@7' is outside topk"),
+        ("--n_heads=3", "n_heads must divide hidden_size: 64 is not a multiple of 3"),
+    ],
+)
+def test_case_32_wrong_values_are_refused(world, capsys, argument, fragment):
+    refused(world, capsys, fragment, arguments=[argument], model="SASRecFast")
+
+
+def test_case_33_a_loss_that_is_not_finite_stops_the_run(world, capsys):
+    assert launch(world, "--learning_rate=1e30", model="SASRecFast") == 4
+    assert "loss term" in capsys.readouterr().err
 
 
 def test_an_unknown_key_of_a_declaration_is_refused(world, capsys):
