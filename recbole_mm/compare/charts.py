@@ -145,7 +145,8 @@ def _pareto(table: Table, metric: str) -> go.Figure:
             name=row.label,
             hovertemplate=f"{row.label}<br>%{{x:.3g}} s: %{{y:.4f}}<extra></extra>",
         )
-    figure.update_xaxes(type="log", dtick=1)
+    wide = costs.max() / costs.min() > 100
+    figure.update_xaxes(type="log", dtick=1 if wide else "D2")
     return figure
 
 
@@ -293,7 +294,7 @@ def _weights(row: RowResult, name: str, frame: pd.DataFrame, kind: str) -> Chart
     panels = frame.pop("layer") if "layer" in frame else pd.Series("", index=frame.index)
     weights = frame.columns[2:]
     by = "length of the history" if kind == "activity" else "category"
-    figure = _figure("", "mean weight")
+    figure = _figure("", "mean gate" if name.startswith("gates") else "mean weight")
     if kind == "category":
         frame = frame.nlargest(_MOST_CATEGORIES, count)
         labels = [f"{text[:28]} ({n})" for text, n in zip(frame[group], frame[count], strict=True)]

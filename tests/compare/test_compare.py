@@ -194,19 +194,26 @@ def test_killing_compare_at_random_changes_no_byte_of_the_table(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "recbole_mm.cli", *arguments, f"--out={disturbed}"]
     killed = 0
-    for _ in range(60):
+    while True:
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
-        try:
-            code = process.wait(timeout=float(generator.uniform(4, 25)))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            killed += 1
-            continue
-        assert code == 0
-        break
-    assert killed
+        goal = epochs_done(disturbed) + int(generator.integers(1, 6))
+        while process.poll() is None and epochs_done(disturbed) < goal:
+            time.sleep(0.05)
+        time.sleep(float(generator.uniform(0, 0.5)))
+        if process.poll() is not None:
+            assert process.returncode == 0
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        killed += 1
+    assert killed > 2
     assert contents(disturbed) == contents(quiet)
+
+
+def epochs_done(out):
+    return sum(
+        file.read_bytes().count(b"\n") for file in out.glob("cells/*/*/*/run/*/*/*/metrics.jsonl")
+    )
 
 
 @pytest.mark.slow
