@@ -36,7 +36,7 @@ from recbole_mm.trainer import trainer_class
 
 SEED = 2020
 ROWS, WINDOWS = 2048, 32  # of a batch: RecBole's prefixes, our windows
-POSITIONS = 2**17  # of a padded batch of prefixes, at most: 2,048 rows up to L = 64
+SCORES = 2**25  # rows x L x L of a padded batch of prefixes, at most: 2,048 rows up to L = 128
 CONTENDERS = ["stock:SASRec", "SASRec", "SASRecFast:last", "SASRecFast:all"]
 CONTENDERS += ["MUFASA:last", "MUFASA:all"]
 
@@ -48,7 +48,7 @@ class Contender:
         self.name = name
         self.as_recbole = name.startswith("stock:")
         model, _, objective = name.removeprefix("stock:").partition(":")
-        rows = WINDOWS if objective == "all" else min(ROWS, max(8, POSITIONS // length))
+        rows = WINDOWS if objective == "all" else min(ROWS, max(8, SCORES // length**2))
         values: dict[str, Any] = {
             "data_path": args.data_path,
             "MAX_ITEM_LIST_LENGTH": length,
