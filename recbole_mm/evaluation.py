@@ -84,6 +84,17 @@ class Ranked(NamedTuple):
     targets: Tensor
     places: Places | None
 
+    def put(self, rows: slice, part: Ranked) -> None:
+        """Write what was found for some rows."""
+        self.topk[rows] = part.topk
+        self.hits[rows] = part.hits
+        if self.places is not None and part.places is not None:
+            first = int(torch.searchsorted(self.rows, rows.start))
+            pairs = slice(first, first + part.rows.size(0))
+            self.places.ranks[pairs] = part.places.ranks
+            self.places.mean_ranks[pairs] = part.places.mean_ranks
+            self.places.n_candidates[rows] = part.places.n_candidates
+
 
 def rank(
     chunks: Chunks, users: Tensor, rows: Tensor, targets: Tensor, *, k: int, placed: bool
@@ -160,27 +171,26 @@ class Ranker:
         users = interaction[self.config["USER_ID_FIELD"]]
         targets = _Pairs.of(positive_u, positive_i, self.device)
         masked = None if history is None else _Pairs.of(history[0], history[1], self.device)
-        parts: list[Ranked] = []
-        n_rows = users.size(0)
-        done, step = 0, self._rows_at_once(n_rows)
-        while done < n_rows:
-            piece: list[Ranked] | None = None
+        # one table for all pieces: what outlives a piece would split the memory of its scores
+        whole = _unranked(users, targets, k=k, placed=placed)
+        done, step = 0, self._rows_at_once(users.size(0))
+        while done < users.size(0):
+            full = False
             try:
-                piece = [
-                    rank(chunks, users[rows], *targets.of_rows(rows), k=k, placed=placed)
-                    for rows, chunks in self._scores(interaction, done, done + step, masked)
-                ]
+                for rows, chunks in self._scores(interaction, done, done + step, masked):
+                    some = targets.of_rows(rows)
+                    whole.put(rows, rank(chunks, users[rows], *some, k=k, placed=placed))
             except torch.cuda.OutOfMemoryError:
                 if step == 1:
                     raise
-            if piece is None:  # out here, where the error holds no tensors any more
+                full = True
+            if full:  # out here, where the error holds no tensors any more
                 step = self.most_rows = step // 2
                 _LOG.warning("evaluation: out of device memory, going on with %d users", step)
                 torch.cuda.empty_cache()
             else:
-                parts += piece
                 done += step
-        return _joined(parts)
+        return whole
 
     def sampled(
         self,
@@ -329,10 +339,26 @@ class _Pairs(NamedTuple):
         return self.rows[first:last] - rows.start, self.items[first:last]
 
 
+def _unranked(users: Tensor, targets: _Pairs, *, k: int, placed: bool) -> Ranked:
+    """A batch before anything is known of it; see :meth:`Ranked.put`."""
+    n_pairs = targets.rows.size(0)
+    return Ranked(
+        users,
+        users.new_zeros(users.size(0), k),
+        users.new_zeros(users.size(0), k, dtype=torch.bool),
+        *targets,
+        Places(
+            users.new_zeros(n_pairs),
+            users.new_zeros(n_pairs, dtype=torch.float64),
+            torch.zeros_like(users),
+        )
+        if placed
+        else None,
+    )
+
+
 def _joined(parts: list[Ranked]) -> Ranked:
-    """Parts of a batch, or batches, as one."""
-    if len(parts) == 1:
-        return parts[0]
+    """Batches as one."""
     offsets = np.cumsum([0, *(len(part.users) for part in parts[:-1])]).tolist()
     rows = torch.cat([part.rows + o for part, o in zip(parts, offsets, strict=True)])
     found = [part.places for part in parts if part.places is not None]
