@@ -31,14 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"recbole-mm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    _add_run_arguments(
-        commands.add_parser(
-            "run",
-            help="train and evaluate one model",
-            epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    run = commands.add_parser(
+        "run",
+        help="train and evaluate one model",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_run_arguments(run)
+    _add_nproc(run)
     explain = commands.add_parser(
         "explain",
         help="tables and plots of what the model of a run tells of itself",
@@ -74,6 +74,7 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_run_arguments(parser)
+    _add_nproc(parser)
     known, rest = parser.parse_known_args(arguments)
     return _guarded(lambda: _run(known, rest))
 
@@ -84,6 +85,16 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config_files", default="", help='YAML files: "a.yaml b.yaml"')
     parser.add_argument(
         "--resume", metavar="RUN", help="folder of an interrupted run, to be continued"
+    )
+
+
+def _add_nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share every batch; one for each GPU of --gpu_id=0,1 (1)",
     )
 
 
@@ -183,6 +194,7 @@ def _run(known: argparse.Namespace, rest: Sequence[str]) -> None:
         *_model_and_dataset(known, files),
         config_file_list=files or None,
         resume=known.resume,
+        nproc=known.nproc,
         command_line=rest,
     )
     _print_result(result)

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from recbole_mm.errors import EnvironmentFault
 
@@ -171,3 +173,31 @@ def grad_scaler(device_type: str, *, enabled: bool) -> Any:
     if hasattr(torch.amp, "GradScaler"):
         return torch.amp.GradScaler(device_type, enabled=enabled)
     return torch.cuda.amp.GradScaler(enabled=enabled)
+
+
+def distributed_data_parallel(module: nn.Module) -> nn.Module:
+    """The module with averaged gradients; its buffers, features and graphs, stay as they are.
+
+    torch 2.13 renamed the option. Bound: torch >= 2.13.
+    """
+    options = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+    # a step may leave parameters out: of experts, of the other part of a knowledge-based model
+    chosen: dict[str, Any] = {"find_unused_parameters": True, name: False}
+    return DistributedDataParallel(module, **chosen)
+
+
+@contextlib.contextmanager
+def quiet_torch_of_children() -> Iterator[None]:
+    """Start processes inside the block whose torch keeps warnings of its C++ part to itself.
+
+    DistributedDataParallel that looks for unused parameters warns when there are none, with no
+    other switch than that of all such warnings, which is read when torch is imported. Bound: none.
+    """
+    name, before = "TORCH_CPP_LOG_LEVEL", os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ.setdefault(name, "ERROR")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]

@@ -13,7 +13,7 @@ import yaml
 from recbole.config import Config as RecBoleConfig
 from recbole.utils import ModelType, argument_list
 
-from recbole_mm import compat, config_rules
+from recbole_mm import compat, config_rules, distributed
 from recbole_mm.errors import InputError, RecboleMMError, nearest
 from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model
 
@@ -276,7 +276,10 @@ class Config(RecBoleConfig):
     def _init_device(self) -> None:
         super()._init_device()
         if self.final_config_dict["single_spec"]:
-            self.final_config_dict["device"] = compat.config_device(self.final_config_dict)
+            device = compat.config_device(self.final_config_dict)
+            if device.type == "cuda" and distributed.n_processes() > 1:
+                device = torch.device("cuda", distributed.rank())
+            self.final_config_dict["device"] = device
 
     def resolved(self) -> dict[str, Any]:
         """All values as plain data, ready for YAML or JSON, and for :meth:`reopened`."""

@@ -21,10 +21,13 @@ RECBOLE_UNWRITTEN = frozenset(
         *("additional_feat_suffix", "benchmark_filename", "discretization", "encoding"),
         *("numerical_features", "selected_features", "reg_weight", "token_num", "feature_num"),
         *("train_rec_step", "ui_embedding_size", "xgb_early_stopping_rounds", "config_files"),
-        *("model", "dataset", "device", "local_rank", "nproc", "world_size", "ip", "port"),
-        *("offset", "single_spec", "MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type"),
+        *("model", "dataset", "device", "single_spec", "MODEL_TYPE", "MODEL_INPUT_TYPE"),
+        "eval_type",
     }
 )
+
+# what RecBole's `run` writes into the configuration of each process
+_OF_PROCESSES = frozenset({"nproc", "local_rank", "world_size", "ip", "port", "offset"})
 
 # keys that RecBole lets have several types, whatever the type of their default
 _FLEXIBLE: dict[str, tuple[type, ...]] = {
@@ -44,6 +47,11 @@ _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list
 def check_known(key: str, source: str, known: Iterable[str]) -> None:
     """Refuse a key that no code reads."""
     known = set(known)
+    if key in _OF_PROCESSES:
+        raise InputError(
+            f"{key!r} in {source}: the number of processes is no key of the configuration; "
+            "give --nproc N on the command line, or run(..., nproc=N)"
+        )
     if key not in known:
         raise InputError(f"unknown key {key!r} in {source}{nearest(key, known)}")
 

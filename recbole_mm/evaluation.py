@@ -38,7 +38,7 @@ from recbole.evaluator.register import metrics_dict
 from recbole.model.abstract_recommender import AbstractRecommender
 from torch import Tensor
 
-from recbole_mm import compat
+from recbole_mm import compat, distributed
 from recbole_mm.data.dataset import MultimodalSequentialDataset
 from recbole_mm.errors import InputError, NumericalError, nearest
 from recbole_mm.models.base import MultimodalSequentialRecommender
@@ -63,6 +63,10 @@ _FEW_ROWS = 32
 _COPIES = 8
 # What one pair of user and item takes inside a model that only has `predict`: about 1,000 floats.
 _BYTES_A_PAIR = 4096
+
+
+# What a collector holds a row of for each row of the evaluation.
+_OF_ROWS = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
 
 
 class Ranked(NamedTuple):
@@ -94,6 +98,12 @@ class Ranked(NamedTuple):
             self.places.ranks[pairs] = part.places.ranks
             self.places.mean_ranks[pairs] = part.places.mean_ranks
             self.places.n_candidates[rows] = part.places.n_candidates
+
+    def cpu(self) -> Ranked:
+        """The same on the CPU."""
+        users, topk, hits, rows, targets = (part.cpu() for part in self[:5])
+        found = self.places and Places(*(part.cpu() for part in self.places))
+        return Ranked(users, topk, hits, rows, targets, found)
 
 
 def rank(
@@ -394,12 +404,17 @@ class Collector(RecBoleCollector):
 
     def eval_batch_collect(
         self,
-        scores_tensor: Tensor | Ranked,
+        scores_tensor: Tensor | Ranked | None,
         interaction: Interaction,
         positive_u: Tensor,
         positive_i: Tensor,
     ) -> None:
-        """Collect what the metrics need; arguments as in RecBole, or a ranked batch as scores."""
+        """Collect what the metrics need; arguments as in RecBole, or a ranked batch as scores.
+
+        Without scores the batch is another process's.
+        """
+        if scores_tensor is None:
+            return
         if not isinstance(scores_tensor, Ranked):
             super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
             return
@@ -416,7 +431,7 @@ class Collector(RecBoleCollector):
             columns = (sums, ranked.places.n_candidates.double(), n_targets.double())
             self.data_struct.update_tensor("rec.meanrank", torch.stack(columns, 1))
         if self.keeps:
-            self.kept.append(ranked)
+            self.kept.append(ranked.cpu())
 
     def get_data_struct(self) -> Any:
         """What the evaluator needs; forgets what belongs to this evaluation.
@@ -432,12 +447,24 @@ class Collector(RecBoleCollector):
         for key, value in plain.items():
             struct.set(key, value)
             self.data_struct.set(key, value)
+        _gather_rows(struct)
         return struct
 
-    def take(self, dataset: Any) -> PerUser:
-        """What was kept, as results of single users; forgets it."""
-        kept, self.kept = self.kept, []
-        return _per_user(kept, dataset)
+    def take(self, dataset: Any) -> PerUser | None:
+        """What all processes kept, as results of single users; forgets it."""
+        kept = [ranked for part in distributed.gathered(self.kept) for ranked in part]
+        self.kept = []
+        return _per_user(kept, dataset) if kept else None
+
+
+def _gather_rows(struct: Any) -> None:
+    """Join what each process collected of its rows, in the order of the rows."""
+    if distributed.n_processes() == 1:
+        return
+    mine = {key: struct.get(key) for key in _OF_ROWS if key in struct}
+    parts = distributed.gathered(mine)
+    for key in dict.fromkeys(key for part in parts for key in part):
+        struct.set(key, torch.cat([part[key] for part in parts if key in part]))
 
 
 class Evaluator(RecBoleEvaluator):

@@ -5,18 +5,21 @@ RecBole's own ``recbole.quick_start`` is never imported: it imports ray.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from recbole.data import data_preparation
 from recbole.utils import ModelType, init_seed
 
-from recbole_mm import compat, explain, protocol, serving
+from recbole_mm import compat, distributed, explain, protocol, serving
 from recbole_mm.checkpoint import Checkpoint, load_weights
 from recbole_mm.config import Config
 from recbole_mm.data.dataset import create_dataset
@@ -36,6 +39,7 @@ def run(
     saved: bool = True,
     score_test: bool = True,
     resume: str | Path | None = None,
+    nproc: int = 1,
     command_line: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Train a model, select its best epoch on validation, and score that epoch once on test.
@@ -52,6 +56,9 @@ def run(
         resume: Folder of an interrupted run, which is continued: on a CPU its weights, metrics and
             result become what they would have been without the interruption. Nothing else of the
             configuration may be given but :data:`MAY_CHANGE`; a finished run is returned as it is.
+        nproc: Number of processes that share every batch, each with a GPU of ``gpu_id``, or all on
+            the CPU. A program that calls this needs ``if __name__ == "__main__"``, since the
+            processes import it.
         command_line: ``--key=value`` arguments, strongest of all.
 
     Returns:
@@ -65,6 +72,18 @@ def run(
         NumericalError: A loss or score is not finite.
     """
     with compat.without_recboles_warnings():
+        if nproc != 1:
+            if resume is not None:
+                raise InputError("resume: only one process can, leave nproc out")
+            config = Config(model, dataset, config_file_list, config_dict, command_line)
+            one = functools.partial(
+                run,
+                *(model, dataset, config_file_list, config_dict),
+                saved=saved,
+                score_test=score_test,
+                command_line=command_line,
+            )
+            return distributed.launch(nproc, _check_processes(config, nproc), one)
         if resume is None:
             config = Config(model, dataset, config_file_list, config_dict, command_line)
             return _run(config, saved=saved, score_test=score_test)
@@ -73,6 +92,31 @@ def run(
         if config_file_list or not saved:
             raise InputError("resume: the configuration is that of the run folder, give no file")
         return _resume(Path(resume), model, values, command_line, score_test=score_test)
+
+
+def _check_processes(config: Config, nproc: int) -> str:
+    """Refuse what several processes cannot do; the type of their device."""
+    if nproc < 1:
+        raise InputError(f"nproc must be at least 1, got {nproc}")
+    trainer: Any = trainer_class(config["MODEL_TYPE"], config["model"])
+    if not trainer.shareable:
+        raise InputError(
+            f"{config['model']} cannot be trained by {nproc} processes: RecBole's "
+            f"{trainer.__name__} does more than steps along a gradient; leave nproc out"
+        )
+    if config["train_batch_size"] < nproc:
+        raise InputError(
+            f"train_batch_size {config['train_batch_size']} is what {nproc} processes share: "
+            "each needs a row"
+        )
+    device: str = config["device"].type
+    n_gpus = torch.cuda.device_count()
+    if device == "cuda" and n_gpus < nproc:
+        raise InputError(
+            f"nproc {nproc}, but gpu_id {config['gpu_id']!r} gives {n_gpus} GPUs: name one for "
+            f"each process, gpu_id: '{','.join(map(str, range(nproc)))}', or set use_gpu: False"
+        )
+    return device
 
 
 def objective_function(
@@ -157,6 +201,10 @@ def _make(config: Config) -> _Made:
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
     _check_topk(config, dataset.item_num - 1)
+    if distributed.n_processes() > 1 and set(config["eval_args"]["mode"].values()) == {"full"}:
+        # enough batches for everyone; sampled candidates depend on what is in a batch
+        share = math.ceil(dataset.user_num / distributed.n_processes())
+        config["eval_batch_size"] = min(config["eval_batch_size"], share)
     config["eval_batch_size"] *= _eval_batch_unit(config, dataset.item_num)
     loaders = data_preparation(config, dataset)
     rules = protocol.describe(config, tuple(loader._dataset for loader in loaders))
@@ -165,7 +213,7 @@ def _make(config: Config) -> _Made:
             f"no user of {config['dataset']} is long enough for a test row: a user needs at least "
             "3 interactions for leave-one-out"
         )
-    init_seed(config["seed"] + config["local_rank"], config["reproducibility"])
+    init_seed(config["seed"], config["reproducibility"])
     try:
         net = config.model_class(config, loaders[0]._dataset).to(config["device"])
     except RecboleMMError:
@@ -189,6 +237,8 @@ def _run(
     config: Config, *, saved: bool, score_test: bool, interrupted: RunFolder | None = None
 ) -> dict[str, Any]:
     started = time.perf_counter()
+    if distributed.rank():  # the first process does the talking and the writing
+        config["show_progress"], saved = False, False
     resolved = config.resolved()  # before RecBole's steps write into it
     made = _make(config)
     dataset, (train_data, valid_data, test_data), rules, net, data = made
@@ -329,7 +379,7 @@ def _resume(
     if not (folder / "last.safetensors").is_file():
         raise InputError(
             f"{folder}: has no last.safetensors: its run was interrupted before its training, or "
-            f"{config['model']} cannot be resumed; start it again"
+            f"had several processes, or {config['model']} cannot be resumed; start it again"
         )
     return _run(config, saved=True, score_test=score_test, interrupted=run)
 

@@ -38,7 +38,7 @@ import yaml
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recbole_mm import __version__
+from recbole_mm import __version__, distributed
 from recbole_mm.checkpoint import Checkpoint, read, replacing, write, writing
 from recbole_mm.errors import EnvironmentFault
 
@@ -181,6 +181,7 @@ def environment() -> dict[str, Any]:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": distributed.n_processes(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "packages": versions,
         "command": sys.argv,

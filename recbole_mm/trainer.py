@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from recbole_mm import __version__, compat
+from recbole_mm import __version__, compat, distributed
 from recbole_mm.checkpoint import (
     Checkpoint,
     LooseState,
@@ -79,6 +79,7 @@ class TrainerMixin:
     _loss_name: Callable[[int, int], str]
 
     resumable = False
+    shareable = False  # by several processes
 
     def __init__(self, config: Config, model: Any, folder: RunFolder | None) -> None:
         self.folder = folder
@@ -138,7 +139,9 @@ class TrainerMixin:
         show_progress: bool = False,
     ) -> Any:
         self._n_passes = 0
-        seed_batches(train_data, self.config["seed"], epoch_idx)
+        shared = distributed.n_processes() > 1
+        share = distributed.rows_of if shared else None
+        seed_batches(train_data, self.config["seed"], epoch_idx, share)
         if self._resumed is None:
             self._seconds_before = (0.0, 0.0)
             self._note_loaders()
@@ -221,8 +224,6 @@ class TrainerMixin:
     # ------------------------------------------------------------------ checkpoints
 
     def _save_checkpoint(self, epoch: int, verbose: bool = True, **kwargs: Any) -> None:
-        if not self.config["single_spec"] and self.config["local_rank"] != 0:
-            return
         self.best_epoch = epoch
         weights = {name: t.detach().clone() for name, t in self.model.state_dict().items()}
         other = self.model.other_parameter()
@@ -277,13 +278,8 @@ class TrainerMixin:
         """
         if not self._can_resume:
             raise InputError(
-                f"{self.config['model']} cannot be resumed: "
-                + (
-                    "it was trained by several processes"
-                    if self.resumable
-                    else f"RecBole's {type(self).__name__} keeps a state of its own"
-                )
-                + "; start its run again"
+                f"{self.config['model']} cannot be resumed: RecBole's {type(self).__name__} keeps "
+                "a state of its own; start its run again"
             )
         if state.about["unsaved"]:
             raise InputError(
@@ -295,7 +291,7 @@ class TrainerMixin:
 
     @property
     def _can_resume(self) -> bool:
-        return self.resumable and self.config["single_spec"]
+        return self.resumable and distributed.n_processes() == 1
 
     def _save_state(
         self,
@@ -417,24 +413,30 @@ class TrainerMixin:
         # the test set is scored once: what each user got is noted in the same pass
         collector.keeps = bool(load_best_model and self.config["save_per_user"])
         if eval_data:
-            seed_batches(eval_data, self.config["seed"])
+            shared = distributed.n_processes() > 1
+            share = distributed.batches_of(eval_data) if shared else None
+            seed_batches(eval_data, self.config["seed"], share=share)
             self._ranker = Ranker(
                 self.model, self.config, eval_data._dataset, prepare=self.without_padding
             )
         result = super().evaluate(  # type: ignore[misc]
             eval_data, load_best_model=False, show_progress=show_progress
         )
-        if collector.kept:
+        if collector.keeps and eval_data:
             self.per_user = collector.take(eval_data._dataset)
-            if self.folder is not None:
+            if self.folder is not None and self.per_user is not None:
                 self.folder.write_arrays("per_user.npz", self.per_user.arrays())
         return result
 
     def _full_sort_batch_eval(self, batched_data: Any) -> Any:
+        if not batched_data:  # another process's
+            return (None,) * 4
         ranked = self._ranker(batched_data, **self.eval_collector.wants)
         return batched_data[0], ranked, *batched_data[2:]
 
     def _neg_sample_batch_eval(self, batched_data: Any) -> Any:
+        if not batched_data:
+            return (None,) * 4
         interaction, scores, *positives = super()._neg_sample_batch_eval(batched_data)  # type: ignore[misc]
         if self.config["eval_type"] == EvaluatorType.RANKING:
             scores = self._ranker.sampled(
@@ -555,6 +557,10 @@ _OWN = {"MUFASA": MUFASATrainer}
 # The others (KGAT, MKR, NCL, RaCT, RecVAE) train, and cannot be resumed.
 _RESUMABLE = (Trainer, TraditionalTrainer, KGTrainer, MUFASATrainer)
 
+# trainers whose every step is one of TrainingLoop. TraditionalTrainer's models count what they see
+# instead of following a gradient: several processes would count a part each.
+_SHAREABLE = (Trainer, KGTrainer, MUFASATrainer)
+
 
 def trainer_class(model_type: ModelType, name: str) -> type:
     """The trainer of a model: ours or RecBole's choice for it.
@@ -567,4 +573,5 @@ def trainer_class(model_type: ModelType, name: str) -> type:
 @functools.cache
 def _mixed(base: type) -> type:
     bases = (TrainerMixin, TrainingLoop) if base is Trainer else (TrainerMixin, base, TrainingLoop)
-    return type(base.__name__, bases, {"resumable": base in _RESUMABLE})
+    able = {"resumable": base in _RESUMABLE, "shareable": base in _SHAREABLE}
+    return type(base.__name__, bases, able)

@@ -7,6 +7,7 @@ all end in ``Trainer._train_epoch``; :class:`TrainingLoop` takes the place of th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from recbole.trainer import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from recbole_mm import compat
+from recbole_mm import compat, distributed
 from recbole_mm.errors import NumericalError
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ class TrainingLoop(Trainer):
       with one scaler for the whole training; gradients are clipped after they are unscaled;
     - a loss term or a gradient that is not finite is a :class:`~recbole_mm.errors.NumericalError`
       that names the term, the batch and the state of its features;
-    - batches of the models in :data:`CUTS_PADDING` are cut to their longest row.
+    - batches of the models in :data:`CUTS_PADDING` are cut to their longest row;
+    - several processes share each batch (:mod:`recbole_mm.distributed`).
     """
 
     config: Config
@@ -55,6 +57,7 @@ class TrainingLoop(Trainer):
         self._term_sums: list[float] = []
         self._n_batches = 0
         self._n_passes = 0
+        self._replica: torch.nn.Module | None = None
 
     @property
     def _is_half(self) -> bool:
@@ -69,8 +72,6 @@ class TrainingLoop(Trainer):
     ) -> Any:
         self.model.train()
         loss_of = loss_func or self.model.calculate_loss
-        if not self.config["single_spec"] and train_data.shuffle:
-            train_data.sampler.set_epoch(epoch_idx)
         self._n_passes += 1
         done = self._enter_pass(train_data)
         bar = tqdm(
@@ -92,6 +93,8 @@ class TrainingLoop(Trainer):
                 bar.update()
             if done == len(train_data):
                 self._first_batch()
+        distributed.share_statistics(self.model)
+        self._term_sums = distributed.mean(self._term_sums, self.device)
         return self._term_sums[0] if len(self._term_sums) == 1 else tuple(self._term_sums)
 
     # what a trainer that can be interrupted puts here
@@ -113,15 +116,12 @@ class TrainingLoop(Trainer):
         self, interaction: Interaction, loss_of: Callable[[Interaction], Any], where: str
     ) -> None:
         self.optimizer.zero_grad()
-        sync_loss: Any = 0
-        if not self.config["single_spec"]:
-            self.set_reduce_hook()
-            sync_loss = self.sync_grad_loss()
         interaction = self.without_padding(interaction)
         random_state = torch.get_rng_state()
-        terms = self._losses(loss_of, interaction)
-        self._note(terms, interaction, where)
-        self.scaler.scale(sum(terms) + sync_loss).backward()
+        terms = self._losses(self._shared(loss_of), interaction)
+        weight = self._weight(interaction)
+        self._note(terms, weight, interaction, where)
+        self.scaler.scale(sum(terms) * weight).backward()
         self.scaler.unscale_(self.optimizer)
         if not self.scaler.is_enabled():  # the scaler leaves out steps that are not finite
             bad = self._not_finite()
@@ -137,6 +137,24 @@ class TrainingLoop(Trainer):
                 f"{where}: gradients are not finite in float16 however little the loss is scaled"
                 f"{self._features_of(interaction)}; set amp_dtype: bfloat16 or lower learning_rate"
             )
+
+    def _shared(self, loss_of: Callable[[Interaction], Any]) -> Callable[[Interaction], Any]:
+        """The loss, with gradients that are averaged over the processes if there are several."""
+        if distributed.n_processes() == 1:
+            return loss_of
+        if self._replica is None:  # not before: a trainer may freeze parameters first
+            self._replica = distributed.replicated(self.model, self.config["seed"])
+        return functools.partial(self._replica, loss_of)
+
+    def _weight(self, interaction: Interaction) -> float:
+        """Weight of this process's share of a batch: its part of the targets."""
+        if distributed.n_processes() == 1:
+            return 1.0
+        everywhere = getattr(self.model, "train_objective", "last") == "all"
+        n_targets = (
+            (interaction[self.model.ITEM_TARGETS] > 0).sum() if everywhere else len(interaction)
+        )
+        return distributed.weight_of(n_targets, self.device)
 
     def _losses(
         self, loss_of: Callable[[Interaction], Any], interaction: Interaction
@@ -158,7 +176,9 @@ class TrainingLoop(Trainer):
 
     # ------------------------------------------------------------------ checks
 
-    def _note(self, terms: Sequence[Tensor], interaction: Interaction, where: str) -> None:
+    def _note(
+        self, terms: Sequence[Tensor], weight: float, interaction: Interaction, where: str
+    ) -> None:
         """Add up the loss terms; refuse one that is not finite."""
         values = [term.item() for term in terms]
         for index, value in enumerate(values):
@@ -170,7 +190,7 @@ class TrainingLoop(Trainer):
         self._n_batches += 1
         if len(self._term_sums) != len(values):
             self._term_sums = [0.0] * len(values)
-        self._term_sums = [s + v for s, v in zip(self._term_sums, values, strict=True)]
+        self._term_sums = [s + weight * v for s, v in zip(self._term_sums, values, strict=True)]
 
     def _loss_name(self, index: int, count: int) -> str:
         names: tuple[str, ...] = getattr(self.model, "loss_names", ())

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+Share = Callable[[Sequence[int]], Sequence[int]]
+
 
 class SeededBatches:
     """A loader's ``collate_fn`` under a random state of the batch's own. [ours].
@@ -23,15 +25,24 @@ class SeededBatches:
     Args:
         collate: What makes a batch of row numbers.
         seed: Seed of the run.
+
+    Attributes:
+        epoch: Number of the pass.
+        share: What leaves of the rows of a batch those of this process; ``None`` for all.
     """
 
     def __init__(self, collate: Callable[[Sequence[int]], Any], seed: int) -> None:
         self._collate = collate
         self._seed = seed
         self.epoch = 0
+        self.share: Share | None = None
 
     def __call__(self, index: Sequence[int]) -> Any:
-        """The batch of these rows."""
+        """The batch of these rows, or an empty tuple if it is another process's."""
+        if self.share is not None:
+            index = self.share(index)
+            if not len(index):
+                return ()
         rows = np.asarray([self._seed, self.epoch, *index], np.int64)
         before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
         seed = zlib.crc32(rows.tobytes())
@@ -53,9 +64,17 @@ def loaders_of(data: Any) -> list[Any]:
     return [part for part in parts if part is not None] or [data]
 
 
-def seed_batches(data: Any, seed: int, epoch: int = 0) -> None:
-    """Make a RecBole loader, from its next pass on, draw what it draws for this seed and epoch."""
+def seed_batches(data: Any, seed: int, epoch: int = 0, share: Share | None = None) -> None:
+    """Make a RecBole loader, from its next pass on, draw what it draws for this seed and epoch.
+
+    Args:
+        data: The loader.
+        seed: Seed of the run.
+        epoch: Number of the pass.
+        share: As :attr:`SeededBatches.share`.
+    """
     for loader in loaders_of(data):
         if not isinstance(loader.collate_fn, SeededBatches):
             loader.collate_fn = SeededBatches(loader.collate_fn, seed)
         loader.collate_fn.epoch = epoch
+        loader.collate_fn.share = share
