@@ -137,7 +137,7 @@ def _add_compare_arguments(commands: Any) -> None:
     add = parser.add_argument
     add("--models", required=True, help="SASRec,MUFASA,MUFASA+without_anchor,CAMMSR+*")
     add("--datasets", required=True, help="folder names below data_path: ml-100k,my_data")
-    add("--seeds", default="1", help="how many (1), or which: 2020,2021,2022")
+    add("--seeds", default="1", help="how many (1), or which: 2020,2021,2022; 2020, is one")
     add("--out", default="compare", help="folder of runs and tables (compare)")
     add("--config_files", default="", help='YAML files for every run: "a.yaml b.yaml"')
     add("--tuned", help="folder with <dataset>/<model>.yaml or <model>.yaml")
@@ -266,11 +266,21 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+_MOST_SEEDS = 100  # a larger number was meant as a seed
+
+
 def _seeds(text: str) -> int | list[int]:
     numbers = _names(text)
     if not numbers or not all(number.isdigit() for number in numbers):
         raise InputError(f"--seeds: {text!r} is neither a number of seeds nor a list of seeds")
-    return int(numbers[0]) if len(numbers) == 1 else [int(number) for number in numbers]
+    if "," in text:
+        return [int(number) for number in numbers]
+    if int(text) > _MOST_SEEDS:
+        raise InputError(
+            f"--seeds {text} asks for {text} seeds; for that one seed write --seeds {text}, "
+            "with the comma"
+        )
+    return int(text)
 
 
 def _model_and_dataset(

@@ -158,3 +158,8 @@ def test_model_and_data_set_may_stand_in_a_config_file(tmp_path):
     file.write_text("model: Pop\ndataset: tiny\nshow_progress: False\n")
     assert run_main([f"--config_files={file}", f"--checkpoint_dir={tmp_path}"]) == 0
     assert (tmp_path / "tiny" / "Pop").is_dir()
+
+
+def test_a_seed_is_not_taken_for_a_number_of_seeds(capsys):
+    assert main(["compare", "--models=Pop", "--datasets=tiny", "--seeds=2020"]) == 2
+    assert "asks for 2020 seeds; for that one seed write --seeds 2020," in capsys.readouterr().err
