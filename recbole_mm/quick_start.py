@@ -381,7 +381,13 @@ def _resume(
             f"{folder}: has no last.safetensors: its run was interrupted before its training, or "
             f"had several processes, or {config['model']} cannot be resumed; start it again"
         )
-    return _run(config, saved=True, score_test=score_test, interrupted=run)
+    # as many threads as before: sums in another order have other last digits
+    threads = torch.get_num_threads()
+    torch.set_num_threads(_read_json(folder / "environment.json")["threads"])
+    try:
+        return _run(config, saved=True, score_test=score_test, interrupted=run)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _check_topk(config: Config, n_items: int) -> None:

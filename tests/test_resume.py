@@ -291,7 +291,8 @@ def test_a_process_killed_by_the_system_can_be_resumed(whole, tmp_path):
     values = {**QUICK, **OF_MODEL["MUFASA"], "checkpoint_dir": str(tmp_path), "epochs": 40}
     arguments = [f"--{key}={value}" for key, value in values.items()]
     command = [sys.executable, "-m", "recbole_mm.cli", "run", "--model=MUFASA", "--dataset=tiny"]
-    process = subprocess.Popen([*command, *arguments])
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *arguments], env=one_thread)
     while not list(tmp_path.glob("tiny/MUFASA/*/metrics.jsonl")):
         assert process.poll() is None
         time.sleep(0.05)
@@ -300,5 +301,6 @@ def test_a_process_killed_by_the_system_can_be_resumed(whole, tmp_path):
     folder = only_folder(tmp_path)
     assert not (folder / "result.json").exists()
     resume = [sys.executable, "-m", "recbole_mm.cli", "run", f"--resume={folder}"]
-    assert subprocess.run(resume, check=False).returncode == 0
+    three_threads = os.environ | {"OMP_NUM_THREADS": "3"}  # it goes on with one, as it began
+    assert subprocess.run(resume, check=False, env=three_threads).returncode == 0
     assert_equal_runs(whole("MUFASA", epochs=40), folder)

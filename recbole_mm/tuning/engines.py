@@ -244,14 +244,7 @@ def _study(search: Search, optuna: Any, storage: str | None) -> tuple[Any, Calla
     name = f"{search.settings['model']} {search.settings['dataset']}"
     try:
         study = optuna.create_study(
-            storage=optuna.storages.RDBStorage(
-                url,
-                # several processes write: wait for each other
-                engine_kwargs={"connect_args": {"timeout": 60}} if "sqlite" in url else None,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=GRACE_SECONDS,
-                heartbeat_stale_trial_callback=retry,
-            ),
+            storage=_storage(optuna, url, retry),
             study_name=name,
             direction="maximize" if search.bigger else "minimize",
             sampler=_sampler(optuna, search, 0),
@@ -274,6 +267,26 @@ def _study(search: Search, optuna: Any, storage: str | None) -> tuple[Any, Calla
             retry(study, trial)
 
     return study, queue_again
+
+
+def _storage(optuna: Any, url: str, retry: Callable[..., None], attempts: int = 3) -> Any:
+    """The database; its tables are made if there are none."""
+    from sqlalchemy.exc import DBAPIError
+
+    try:
+        return optuna.storages.RDBStorage(
+            url,
+            # several processes write: wait for each other
+            engine_kwargs={"connect_args": {"timeout": 60}} if "sqlite" in url else None,
+            heartbeat_interval=HEARTBEAT_SECONDS,
+            grace_period=GRACE_SECONDS,
+            heartbeat_stale_trial_callback=retry,
+        )
+    except DBAPIError:  # for one, another process was making the tables
+        if attempts == 1:
+            raise
+        time.sleep(1)
+        return _storage(optuna, url, retry, attempts - 1)
 
 
 def _sampler(optuna: Any, search: Search, place: int) -> Any:

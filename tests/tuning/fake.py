@@ -82,9 +82,10 @@ def wrong():
 
 def search_in_process(folder, *options):
     """What a process of its own runs: slow trials, each noted at its start, then one search."""
-    search.run = _slow(Path(folder) / "begun")
-    engines.HEARTBEAT_SECONDS, engines.GRACE_SECONDS = 1, 3
-    engine, algo, trials = options
+    engine, algo, trials, processes = options
+    search.run = _slow(Path(folder) / "begun", int(processes))
+    # a trial without a heartbeat: of a killed process, or of one that a busy machine holds up
+    engines.HEARTBEAT_SECONDS, engines.GRACE_SECONDS = 1, 3 if int(processes) == 1 else 60
     (Path(folder) / "hyper.test").write_text(SPACE)
     tune(
         "SASRecFast",
@@ -97,12 +98,18 @@ def search_in_process(folder, *options):
     )
 
 
-def _slow(begun):
+def _slow(begun, processes):
+    """Trials that take a while; the first waits until each of the processes has begun one."""
+
     def run(model, dataset, files, values, **options):
         drawn = [values[key] for key in ("n_layers", "n_heads", "hidden_dropout_prob")]
         with begun.open("a") as file:
             file.write(f"{os.getpid()} {drawn}\n")
         time.sleep(0.7)
+        end = time.monotonic() + 60
+        while len({line.split()[0] for line in begun.read_text().splitlines()}) < processes:
+            assert time.monotonic() < end, "the other process draws no trial"
+            time.sleep(0.05)
         return result(values)
 
     return run

@@ -441,10 +441,11 @@ def test_settings_are_plain_and_leave_out_the_machine(tune):
 # ------------------------------------------------------------------------- processes
 
 
-def process(folder, engine, trials):
+def process(folder, engine, trials, processes=1):
     code = "from tests.tuning.fake import search_in_process as go; import sys; go(*sys.argv[1:])"
     return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), engine, "random", str(trials)], cwd=ROOT
+        [sys.executable, "-c", code, str(folder), engine, "random", str(trials), str(processes)],
+        cwd=ROOT,
     )
 
 
@@ -507,9 +508,26 @@ def test_ray_searches_records_failures_stops_at_bad_input_and_continues(tmp_path
 
 @pytest.mark.slow
 def test_two_processes_share_a_study(tmp_path):
-    both = [process(tmp_path, "optuna", 12) for _ in range(2)]
+    both = [process(tmp_path, "optuna", 12, processes=2) for _ in range(2)]
     assert [p.wait() for p in both] == [0, 0]
     workers, drawn = zip(*(line.split(maxsplit=1) for line in begun(tmp_path)), strict=True)
     assert len(set(workers)) == 2
     assert len(drawn) == len(set(drawn)) == 12
     assert len(pd.read_csv(tmp_path / "out/tiny/SASRecFast/trials.csv")) == 12
+
+
+def test_the_tables_of_a_study_may_be_made_by_another_process_meanwhile(tune, monkeypatch):
+    optuna = pytest.importorskip("optuna")
+    from sqlalchemy.exc import OperationalError
+
+    refusals = [OperationalError("CREATE TABLE studies", {}, Exception("already exists"))]
+    begin = optuna.storages.RDBStorage.__init__
+
+    def racing(self, *args, **options):
+        if refusals:
+            raise refusals.pop()
+        begin(self, *args, **options)
+
+    monkeypatch.setattr(optuna.storages.RDBStorage, "__init__", racing)
+    assert tune(Runs())["trials"] == 6
+    assert not refusals
