@@ -7,6 +7,7 @@ all end in ``Trainer._train_epoch``; :class:`TrainingLoop` takes the place of th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_mm import compat, distributed
-from recbole_mm.errors import NumericalError
+from recbole_mm.errors import EnvironmentFault, NumericalError
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
@@ -38,6 +39,7 @@ _SMALLEST_SCALE = 1e-4
 class TrainingLoop(Trainer):
     """RecBole's trainer with our pass over the batches.
 
+    - ``torch_compile`` compiles the loss;
     - ``enable_amp`` computes losses in ``amp_dtype``; ``enable_scaler`` scales them for float16,
       with one scaler for the whole training; gradients are clipped after they are unscaled;
     - a loss term or a gradient that is not finite is a :class:`~recbole_mm.errors.NumericalError`
@@ -58,6 +60,7 @@ class TrainingLoop(Trainer):
         self._n_batches = 0
         self._n_passes = 0
         self._replica: torch.nn.Module | None = None
+        self._compiled: dict[Callable[[Interaction], Any], Callable[[Interaction], Any]] = {}
 
     @property
     def _is_half(self) -> bool:
@@ -118,7 +121,8 @@ class TrainingLoop(Trainer):
         self.optimizer.zero_grad()
         interaction = self.without_padding(interaction)
         random_state = torch.get_rng_state()
-        terms = self._losses(self._shared(loss_of), interaction)
+        with _failures_of_the_compiler():
+            terms = self._losses(self._shared(self._fast(loss_of)), interaction)
         weight = self._weight(interaction)
         self._note(terms, weight, interaction, where)
         self.scaler.scale(sum(terms) * weight).backward()
@@ -137,6 +141,15 @@ class TrainingLoop(Trainer):
                 f"{where}: gradients are not finite in float16 however little the loss is scaled"
                 f"{self._features_of(interaction)}; set amp_dtype: bfloat16 or lower learning_rate"
             )
+
+    def _fast(self, loss_of: Callable[[Interaction], Any]) -> Callable[[Interaction], Any]:
+        """The loss as torch compiles it, if the configuration asks for that."""
+        if not self.config["torch_compile"]:
+            return loss_of
+        if loss_of not in self._compiled:
+            # dropout draws the numbers of an uncompiled run: only rounding may differ from it
+            self._compiled[loss_of] = torch.compile(loss_of, options={"fallback_random": True})
+        return self._compiled[loss_of]
 
     def _shared(self, loss_of: Callable[[Interaction], Any]) -> Callable[[Interaction], Any]:
         """The loss, with gradients that are averaged over the processes if there are several."""
@@ -256,6 +269,20 @@ class TrainingLoop(Trainer):
             )
             parts.append(f"{name} of {len(held)} of {len(items)} items{numbers}")
         return f" (features of the batch: {'; '.join(parts)})"
+
+
+@contextlib.contextmanager
+def _failures_of_the_compiler() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise EnvironmentFault(
+            f"torch_compile: the loss cannot be compiled here ({reason}); install a C++ compiler "
+            "(on a CPU) or triton (on a GPU), or set torch_compile: False"
+        ) from error
 
 
 def _has_grad(parameter: Tensor) -> bool:

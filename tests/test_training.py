@@ -1,14 +1,16 @@
 """The pass over the batches: RecBole's in its numbers, and what it checks besides."""
 
 import copy
+import itertools
 import re
+import shutil
 
 import pytest
 import torch
 from recbole.trainer import Trainer
 
 from recbole_mm.config import Config
-from recbole_mm.errors import InputError, NumericalError
+from recbole_mm.errors import EnvironmentFault, InputError, NumericalError
 from recbole_mm.registry import MODELS
 
 
@@ -219,3 +221,60 @@ def test_gradients_are_the_same_every_time_with_two_threads(model, build_trainer
 
     first = gradient()
     assert all(torch.equal(first, gradient()) for _ in range(5))
+
+
+# ------------------------------------------------------------------------- torch.compile
+
+
+def losses_of_a_pass(trainer, world, n_batches):
+    """Losses of the first batches, each after the optimizer's step before it."""
+    seeded(world)
+    found = []
+    trainer._note = lambda terms, *_: found.append([term.item() for term in terms])
+    batches = itertools.islice(world.train, n_batches)
+    for number, batch in enumerate(batches):
+        trainer._step(batch, world.model.calculate_loss, f"batch {number}")
+    return torch.tensor(found)
+
+
+@pytest.mark.slow  # some seconds to half a minute each
+@pytest.mark.parametrize("model", [*MODELS, "GRU4Rec"])
+def test_a_compiled_loss_is_the_loss_with_its_dropout(model, build_trainer, monkeypatch):
+    """Traced and differentiated; that the code made of it is right is torch's own to test."""
+    compiled = []
+
+    def traced(function, **_):
+        compiled.append(function)
+        return whole(function, backend="aot_eager")
+
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
+    expected = losses_of_a_pass(*build_trainer(model), 2)
+    assert not compiled
+    actual = losses_of_a_pass(*build_trainer(model, torch_compile=True), 2)
+    assert len(compiled) == 1
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert expected[0, 0] != expected[1, 0]
+
+
+@pytest.mark.slow  # a minute
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_loss_compiled_to_code_is_the_loss_with_its_dropout(build_trainer):
+    expected = losses_of_a_pass(*build_trainer("SASRecFast"), 2)
+    actual = losses_of_a_pass(*build_trainer("SASRecFast", torch_compile=True), 2)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_the_compiler_cannot_do_is_no_traceback(build_trainer, monkeypatch):
+    trainer, world = build_trainer("SASRecFast", torch_compile=True)
+    exceptions = pytest.importorskip("torch._dynamo.exc")
+
+    def refused(function, **_):
+        def call(_):
+            raise exceptions.TorchDynamoException("No working C++ compiler found\nmore")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", refused)
+    with pytest.raises(EnvironmentFault, match=r"\(No working C\+\+ compiler found\); install a C"):
+        train_once(trainer, world)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 
-def swap_mask(
-    swappable: Tensor, ratio: float, *, generator: torch.Generator | None = None
-) -> Tensor:
+def swap_mask(swappable: Tensor, ratio: float) -> Tensor:
     """Draw each place where a swap is allowed with the same probability.
 
     Source: CAMMSR, arXiv 2603.04320, Eq. (16).
@@ -19,7 +17,6 @@ def swap_mask(
     Args:
         swappable: ``(...)`` bool.
         ratio: Probability, 0 to 1.
-        generator: On the device of ``swappable``; ``None`` means torch's own for that device.
 
     Returns:
         ``(...)`` bool, ``True`` only where ``swappable`` is.
@@ -29,7 +26,7 @@ def swap_mask(
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"swap_ratio must lie in [0, 1], got {ratio!r}")
-    drawn = torch.rand(swappable.shape, generator=generator, device=swappable.device) < ratio
+    drawn = torch.rand(swappable.shape, device=swappable.device) < ratio
     return drawn & swappable
 
 
