@@ -56,7 +56,7 @@ TITLES = {
     24: "one id fewer than rows",
     25: "truncated npy, npz, safetensors, parquet, pt",
     26: "malicious pickle in npy, pt, npz",
-    27: "`ids` path out of the data set",
+    27: "`ids` path, or member of an archive, out of the data set",
     28: "YAML object tag; Python in a command-line value",
     29: "corrupt, missing, CMYK, empty image in `extract`",
     30: "text that is empty, 2 MB long, emoji",
@@ -69,7 +69,8 @@ TITLES = {
     37: "CUDA out of memory in evaluation",
     38: "killed and resumed",
     39: "disk full while saving",
-    40: "checkpoint of another item set; two runs in one second; changed data and a cache",
+    40: "checkpoint of another item set; two runs in one second; changed data and a cache; "
+    "interrupted download",
 }
 TESTS = "tests/test_fault_cases.py"
 # tests of cases that no launch shows whole; a missing one is an error of this script
@@ -77,6 +78,7 @@ GUARDS = {
     26: [
         "tests/test_serving.py::test_a_pickle_in_the_place_of_weights_is_refused_and_not_executed"
     ],
+    27: ["tests/data/test_download.py::test_members_that_lead_out_are_refused"],
     33: [
         "tests/test_training.py::test_the_last_good_checkpoint_survives_a_gradient_that_is_not_finite"
     ],
@@ -97,6 +99,8 @@ GUARDS = {
         "tests/test_resume.py::test_changed_data_are_refused",
         "tests/test_run_folder.py::test_two_runs_of_the_same_second_get_two_folders",
         "tests/data/test_derive.py::test_second_call_and_touch_are_hits",
+        "tests/data/test_download.py::test_an_interrupted_download_leaves_nothing_and_a_retry_works",
+        "tests/data/test_download.py::test_another_archive_than_the_last_time_is_refused",
     ],
 }
 

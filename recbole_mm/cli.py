@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_tune(commands)
     commands.add_parser("models", help="list the models that run")
     _add_compare_arguments(commands)
+    _add_download(commands)
     known, rest = parser.parse_known_args(arguments)
     if known.command == "models":
         return _guarded(_print_models)
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _guarded(lambda: _tune(known, rest))
     if known.command == "explain":
         return _guarded(lambda: _explain(known, rest))
+    if known.command == "download":
+        return _guarded(lambda: _download(known, rest))
     return _guarded(lambda: _run(known, rest))
 
 
@@ -168,6 +171,21 @@ def _add_compare_arguments(commands: Any) -> None:
     )
 
 
+def _add_download(commands: Any) -> None:
+    parser = commands.add_parser(
+        "download",
+        help="fetch one of the data sets that RecBole publishes",
+        description="Fetches the archive, checks it and unpacks it; the folder appears whole or "
+        "not at all.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("name", help="as in RecBole's list, for example ml-1m; with --url the name to give it")
+    add("--url", help="address of a zip archive of atomic files that is not in the list")
+    add("--sha256", help="what the archive must have; that of an earlier download is kept anyway")
+    add("--data_path", default="dataset", help="folder to put the data set's folder in (dataset)")
+
+
 def _guarded(action: Any) -> int:
     try:
         action()
@@ -260,6 +278,15 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
             f"{failed} cells failed, see cells.csv; the same command tries them again",
             file=sys.stderr,
         )
+
+
+def _download(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    from recbole_mm.data.download import download
+
+    if rest:
+        raise InputError(f"download: unknown arguments {' '.join(rest)}; see --help")
+    done = download(known.name, known.data_path, url=known.url, sha256=known.sha256)
+    print("\n".join(done.lines()))  # noqa: T201
 
 
 def _names(text: str) -> list[str]:

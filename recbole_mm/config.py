@@ -14,6 +14,7 @@ from recbole.config import Config as RecBoleConfig
 from recbole.utils import ModelType, argument_list
 
 from recbole_mm import compat, config_rules, distributed
+from recbole_mm.data.download import published
 from recbole_mm.errors import InputError, RecboleMMError, nearest
 from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model
 
@@ -266,11 +267,16 @@ class Config(RecBoleConfig):
                     if above.is_dir()
                     else []
                 )
+                fetch = (
+                    f", or run `recbole-mm download {self.dataset}`"
+                    if self.dataset in published()
+                    else ""
+                )
                 raise InputError(
                     f"no data set {self.dataset!r}: looked for {folder / name}; "
                     f"data sets below {above}: {', '.join(found) or 'none'}"
                     f"{nearest(self.dataset, found)}; set data_path to the "
-                    f"folder that holds {self.dataset}/"
+                    f"folder that holds {self.dataset}/{fetch}"
                 )
 
     def _init_device(self) -> None:
