@@ -486,7 +486,6 @@ PROBES: dict[int, dict[str, Callable[[], None]]] = {
     },
 }
 NOT_RUN = {
-    29: "not run: RecBole reads no images",
     36: "not run here; `benchmarks/evaluation.py` measures it",
     37: "not run: no GPU",
 }

@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_tune(commands)
     commands.add_parser("models", help="list the models that run")
     _add_compare_arguments(commands)
+    _add_extract(commands)
     _add_download(commands)
     known, rest = parser.parse_known_args(arguments)
     if known.command == "models":
@@ -62,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _guarded(lambda: _tune(known, rest))
     if known.command == "explain":
         return _guarded(lambda: _explain(known, rest))
+    if known.command == "extract":
+        return _guarded(lambda: _extract(known, rest))
     if known.command == "download":
         return _guarded(lambda: _download(known, rest))
     return _guarded(lambda: _run(known, rest))
@@ -171,6 +174,44 @@ def _add_compare_arguments(commands: Any) -> None:
     )
 
 
+def _add_extract(commands: Any) -> None:
+    parser = commands.add_parser(
+        "extract",
+        help="turn a folder of item images into a feature file",
+        description="Encodes <item token>.jpg (.jpeg, .png, .webp, .gif, .bmp) and writes the "
+        "feature file beside the data set. Images that cannot be read are listed. The same command "
+        "goes on where an interrupted one was.",
+        epilog="Any key of the configuration can follow as --key=value, for example --gpu_id=1\n"
+        "For text, declare {derive: text, fields: [title]}: a run then encodes it by itself.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("dataset", help="folder name below data_path")
+    add("--images", required=True, metavar="FOLDER", help="the images, named after their items")
+    add(
+        "--encoder",
+        default="pixels",
+        help="pixels: colour and layout only, weak; clip:ViT-B-32, clip:NAME/WEIGHTS (extra clip); "
+        "timm:resnet50 (extra timm) (pixels)",
+    )
+    add("--dim", type=int, help="width of the vectors (128 for pixels, else the encoder's)")
+    add(
+        "--out",
+        default="image.safetensors",
+        help="feature file; a bare name stands in the folder of the data set (image.safetensors)",
+    )
+    add(
+        "--max_failed",
+        type=float,
+        default=0.1,
+        metavar="SHARE",
+        help="share of the images that may fail (0.1)",
+    )
+    add("--data_path", help="folder that holds the data set's folder (dataset)")
+    add("--config_files", default="", help='YAML files: "a.yaml b.yaml"')
+
+
 def _add_download(commands: Any) -> None:
     parser = commands.add_parser(
         "download",
@@ -278,6 +319,37 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
             f"{failed} cells failed, see cells.csv; the same command tries them again",
             file=sys.stderr,
         )
+
+
+def _extract(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    from recbole_mm.config import Config
+    from recbole_mm.data.images import extract_images, item_tokens
+
+    place = [f"--data_path={known.data_path}"] if known.data_path else []
+    # where the data set is, how it is written and the device; Pop, since a model must be named
+    config = Config("Pop", known.dataset, known.config_files.split(), command_line=[*place, *rest])
+    folder = Path(config["data_path"])
+    out = Path(known.out)
+    tokens = item_tokens(
+        folder,
+        known.dataset,
+        item_id_field=config["ITEM_ID_FIELD"],
+        field_separator=config["field_separator"],
+        encoding=config["encoding"] or "utf-8",
+        benchmark=config["benchmark_filename"] or (),
+    )
+    done = extract_images(
+        known.images,
+        folder / out if out.name == known.out else out,
+        tokens,
+        encoder=known.encoder,
+        dim=known.dim,
+        max_failed=known.max_failed,
+        device=config["device"],
+        progress=config["show_progress"],
+    )
+    print("\n".join(done.lines()))  # noqa: T201
+    print(f"{done.path}; declare it in a YAML file:\n\n{done.declaration(folder)}")  # noqa: T201
 
 
 def _download(known: argparse.Namespace, rest: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Bad input through the command line: the fault cases 1 to 28 and 30 to 33 of reliability.md.
+"""Bad input through the command line: the fault cases 1 to 33 of reliability.md.
 
 Each fault is planted into a copy of the generated data set. A refusal must have exit code 2, a
 message that names the culprit, and must leave nothing behind; what is accepted must give the
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from recbole_mm.cli import run_main
+from recbole_mm.cli import main, run_main
 from recbole_mm.config import DATASETS
 
 
@@ -325,6 +326,89 @@ def test_case_28_values_of_the_command_line_are_data(world, capsys):
     evil = f"--learning_rate=__import__('pathlib').Path('{canary}').touch()"
     refused(world, capsys, "learning_rate must be of type float", arguments=[evil])
     assert not canary.exists()
+
+
+def pictures(world):
+    """One small image for each of the 120 items, all different."""
+    here = world / "images"
+    here.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(120):
+        colours = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(colours).resize((20, 16)).save(here / f"i{n:03d}.png")
+    return here
+
+
+def extract(world, *arguments):
+    command = ["extract", "tiny", f"--images={world / 'images'}", "--show_progress=False"]
+    return main([*command, "--data_path", str(world / "data"), "--dim=8", *arguments])
+
+
+def break_images(here):
+    """Five images that cannot be read, four that need a conversion; two items without one."""
+    (here / "i000.png").write_bytes(b"")
+    (here / "i001.png").write_bytes(b"no image at all")
+    rewrite(here / "i002.png", lambda content: content[: len(content) // 2])
+    Image.new("1", (9000, 9000)).save(here / "i003.png")  # 81 million pixels in 10 KB
+    (here / "i004.png").unlink()
+    (here / "i004.png").symlink_to(DATASETS / "tiny" / "tiny.item")
+    image = Image.open(here / "i005.png").copy()
+    for token, kind, form in (("i005", "CMYK", "jpg"), ("i006", "P", "gif"), ("i007", "LA", "png")):
+        (here / f"{token}.png").unlink()
+        image.convert(kind).save(here / f"{token}.{form}")
+    grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(grey).save(here / "i008.png")
+    for token in ("i009", "i010"):
+        (here / f"{token}.png").unlink()
+    (here / "readme.txt").write_text("not an image")
+    Image.new("RGB", (4, 4)).save(here / "of-no-item.png")
+
+
+def test_case_29_bad_images_are_masked_and_listed(world, capsys):
+    break_images(pictures(world))
+    assert extract(world) == 0
+    out = capsys.readouterr().out
+    assert "image: 113 of 120 items have a vector, 8 wide, by pixels" in out
+    assert "5 images failed, 2 items without an image, 1 images of no item" in out
+    assert "failed: i000.png (an empty file), i001.png (no image" in out
+    assert 'image: {path: "image.safetensors"}' in out
+    listed = (folder(world) / "image.failed.txt").read_text().splitlines()
+    assert [line.split("\t")[0] for line in listed] == [f"i{n:03d}.png" for n in range(5)]
+    assert "9000 x 9000 pixels" in listed[3]
+    assert "link out of the folder" in listed[4]
+
+    done = result(world, "--modalities={x: {path: image.safetensors}}", model="SASRecMM")
+    (report,) = done["data"]["modalities"]
+    assert (report["matched"], report["missing"], report["width"]) == (113, 7, 8)
+
+
+def test_case_29_too_many_failures_leave_nothing(world, capsys):
+    break_images(pictures(world))
+    before = sorted(folder(world).iterdir())
+    assert extract(world, "--max_failed=0.04") == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: images: 5 of 118 cannot be read, more than max_failed 0.04")
+    for name in ("i000.png (", "i001.png (", "i002.png (", "and 2 more"):
+        assert name in message
+    assert sorted(folder(world).iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "fragment"),
+    [
+        (["--images=nowhere"], 2, "nowhere is no folder"),
+        (["--encoder=clip"], 2, "names no model; write clip:NAME"),
+        (["--out=image.npy"], 2, "must end in .safetensors"),
+        (["--imagez=x"], 2, "unknown key 'imagez'"),
+        (["--data_path=nowhere"], 2, "no data set 'tiny'"),
+    ],
+)
+def test_case_29_wrong_arguments_are_refused(world, capsys, arguments, code, fragment):
+    pictures(world)
+    before = sorted(folder(world).iterdir())
+    assert extract(world, *arguments) == code
+    assert fragment in capsys.readouterr().err
+    assert sorted(folder(world).iterdir()) == before
 
 
 def test_case_30_empty_text_is_missing_and_long_or_odd_text_is_read(world):

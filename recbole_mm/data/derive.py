@@ -457,12 +457,12 @@ def _text(job: _Job, announce: _Announce) -> _Derived:
         announce("decompose")
         explained = 1.0
         if dim is not None:
-            values, explained = _decompose(values, dim, job.modality)
+            values, explained = decompose(values, dim, job.modality)
     else:
         terms = _tfidf(known, path, fields)
         metadata = _svd_encoder("tfidf-svd")
         announce("decompose")
-        values, explained = _decompose(terms, dim or _TFIDF_WIDTH, job.modality)
+        values, explained = decompose(terms, dim or _TFIDF_WIDTH, job.modality)
     return _derived(ids, values, explained, {**metadata, "fields": json.dumps(fields)}, rows)
 
 
@@ -560,7 +560,7 @@ def _knowledge(job: _Job, announce: _Announce) -> _Derived:
             "write entities the same way, or remove the modality"
         )
     announce("decompose")
-    values, explained = _decompose(weights, job.options["dim"], job.modality)
+    values, explained = decompose(weights, job.options["dim"], job.modality)
     return _derived(list(ids), values, explained, _svd_encoder("fact-svd"))
 
 
@@ -593,7 +593,7 @@ def _categories(job: _Job, announce: _Announce) -> _Derived:
         values, explained = _unit_rows(np.sign(counts.toarray())), 1.0
         metadata = {"encoder": "category multi-hot"}
     else:
-        values, explained = _decompose(_weighted(counts, min_items=1), dim, job.modality)
+        values, explained = decompose(_weighted(counts, min_items=1), dim, job.modality)
         metadata = _svd_encoder("category-svd")
     return _derived(ids, values, explained, {**metadata, "fields": json.dumps([field])})
 
@@ -618,7 +618,7 @@ def _weighted(counts: sp.csr_matrix, min_items: int) -> sp.csr_matrix:
     return TfidfTransformer().fit_transform(kept) if kept.nnz else kept
 
 
-def _decompose(
+def decompose(
     matrix: sp.csr_matrix | npt.NDArray[Any], dim: int, modality: str
 ) -> tuple[npt.NDArray[np.float32], float]:
     r"""Truncated SVD of the rows, :math:`X \approx U S V^\top`, rows of :math:`U S` at length 1.

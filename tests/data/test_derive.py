@@ -358,14 +358,14 @@ def test_decomposition_agrees_with_numpys(shape, largest_dense, monkeypatch):
     scores = u[:, :7] * s[:7] * sign
     expected = scores / np.linalg.norm(scores, axis=1, keepdims=True)
     for form in (matrix, derive.sp.csr_matrix(matrix)):
-        values, explained = derive._decompose(form, 7, "m")
+        values, explained = derive.decompose(form, 7, "m")
         assert values == pytest.approx(expected, abs=1e-5)
         assert explained == pytest.approx(scores.var(axis=0).sum() / matrix.var(axis=0).sum())
 
 
 def test_equal_singular_values_give_the_same_answer_every_time():
     blocks = derive.sp.csr_matrix(np.kron(np.eye(10), np.ones((2, 2))))
-    first, second = (derive._decompose(blocks, 4, "m")[0] for _ in range(2))
+    first, second = (derive.decompose(blocks, 4, "m")[0] for _ in range(2))
     assert (first == second).all()
 
 
@@ -378,7 +378,7 @@ def test_lanczos_begins_at_the_same_vector_every_time(monkeypatch):
 
 def test_all_components_hold_all_variance():
     matrix = np.random.default_rng(0).random((6, 4))
-    values, explained = derive._decompose(derive.sp.csr_matrix(matrix), 4, "m")
+    values, explained = derive.decompose(derive.sp.csr_matrix(matrix), 4, "m")
     assert values.shape == (6, 4)
     assert explained == pytest.approx(1)
 
