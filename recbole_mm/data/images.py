@@ -538,16 +538,18 @@ def _encoder(text: str, device: torch.device) -> _Encoder:
 
 @contextlib.contextmanager
 def _installed(package: str, extra: str) -> Iterator[None]:
-    """Name the mend if an import fails.
-
-    That of torchvision is a RuntimeError where it was built for another torch.
-    """
+    """Name the mend if an import fails."""
     try:
         yield
-    except (ImportError, OSError, RuntimeError) as error:
+    except ImportError as error:
         raise EnvironmentFault(
             f"this encoder needs {package}, which cannot be imported ({error}); run "
             f"`pip install 'recbole-mm[{extra}]'`"
+        ) from error
+    except (OSError, RuntimeError) as error:  # what torchvision says beside another torch
+        raise EnvironmentFault(
+            f"{package} cannot be imported ({error}); install the torchvision that was built for "
+            "this torch, from the same index"
         ) from error
 
 

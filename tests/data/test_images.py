@@ -348,3 +348,11 @@ def test_a_missing_extra_is_named(folder, monkeypatch, missing, encoder, extra):
     monkeypatch.setitem(sys.modules, f"{missing}.Image", None)
     with pytest.raises(EnvironmentFault, match=rf"pip install 'recbole-mm\[{extra}\]'"):
         extract(folder, encoder=encoder)
+
+
+def test_a_torchvision_of_another_torch_is_named():
+    with (
+        pytest.raises(EnvironmentFault, match="torchvision that was built for this torch"),
+        images._installed("timm", "timm"),
+    ):
+        raise RuntimeError("operator torchvision::nms does not exist")
