@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from recbole_mm.errors import EnvironmentFault, InputError
 
 _KEY = "recbole_mm"
+FORMAT = 1
+"""Of the file. Raise it when a change here or in what trainers save makes old files misread."""
 
 
 class Checkpoint(NamedTuple):
@@ -52,23 +54,31 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
     # a copy of each: safetensors refuses tensors that share memory, as tied weights do
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(held, temporary, metadata={_KEY: json.dumps(about)})
+        save_file(held, temporary, metadata={_KEY: json.dumps(about), "format": str(FORMAT)})
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
-        InputError: If it is missing or damaged, or not one of this package.
+        InputError: If it is missing or damaged, or not one of this package, or of another format.
     """
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            about = json.loads((file.metadata() or {})[_KEY])
+            metadata = file.metadata() or {}
+            about = json.loads(metadata[_KEY])
+            made = int(metadata.get("format", 1))  # the first ones do not say
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except KeyError:
         raise InputError(f"{path}: not a checkpoint of recbole_mm; give one it wrote") from None
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); run it anew") from error
+    if made != FORMAT:
+        writer = about.get("recbole_mm", "an unknown version")
+        raise InputError(
+            f"{path}: has format {made}, written by recbole_mm {writer}, and this version reads "
+            f"format {FORMAT}; read it with that version, or run it anew"
+        )
     return Checkpoint(tensors, about)
 
 

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from recbole_mm import checkpoint
@@ -94,6 +95,19 @@ def test_files_of_another_kind_are_refused(content, tmp_path):
         read(tmp_path / "x")
     with pytest.raises(InputError, match="cannot be read"):
         read(tmp_path / "none")
+
+
+def test_a_file_of_another_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    write(tmp_path / "x", {"a": torch.zeros(1)}, {"recbole_mm": "9.8"})
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"has format 2, written by recbole_mm 9\.8.* format 1"):
+        read(tmp_path / "x")
+
+
+def test_a_file_that_says_no_format_has_the_first(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "x", metadata={"recbole_mm": "{}"})
+    assert read(tmp_path / "x").tensors["a"] == 1
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
