@@ -67,7 +67,7 @@ def test_config_dict_strings_are_data_and_never_code(tmp_path):
 def test_yaml_files_cannot_build_objects(tmp_path):
     canary = tmp_path / "canary"
     file = tmp_path / "evil.yaml"
-    file.write_text(f"epochs: !!python/object/apply:pathlib.Path.touch ['{canary}']\n")
+    file.write_text(f"epochs: !!python/object/apply:os.mkdir ['{canary}']\n")
     refused(r"evil\.yaml: not valid YAML", files=[file])
     assert not canary.exists()
 

@@ -13,7 +13,7 @@ import recbole_mm
 from recbole_mm import serving
 from recbole_mm.checkpoint import read, write
 from recbole_mm.config import DATASETS
-from recbole_mm.errors import InputError
+from recbole_mm.errors import InputError, NumericalError
 
 QUICK = {
     "epochs": 1,
@@ -111,6 +111,14 @@ def test_impossible_questions_are_refused(arguments, message, folder):
     served = recbole_mm.load(folder("SASRecFast")[0])
     with pytest.raises(InputError, match=message):
         served.recommend(*arguments)
+
+
+def test_a_score_that_is_not_finite_is_no_recommendation(folder):
+    served = recbole_mm.load(folder("SASRecFast")[0])
+    with torch.no_grad():
+        served.model.item_embedding.weight[3] = float("nan")
+    with pytest.raises(NumericalError, match="SASRecFast: a score is not finite"):
+        served.recommend([served.items[5:8]])
 
 
 def test_unknown_items_can_be_passed_over(folder):

@@ -96,6 +96,19 @@ def test_a_loss_that_is_not_finite_names_its_term_batch_and_features(build_train
         train_once(trainer, world)
 
 
+def test_a_pretraining_loss_that_is_not_finite_names_its_terms_and_batch(build_trainer):
+    trainer, world = build_trainer("MUFASA", mfl_pretrain_epochs=1, mfl_batch_items=64)
+    terms, batches = world.model.fusion_terms, []
+
+    def broken(items):
+        batches.append(items)
+        return {name: t / (2 - len(batches)) for name, t in terms(items).items()}
+
+    world.model.fusion_terms = broken
+    with pytest.raises(NumericalError, match=r"pre-training epoch 0, batch 2: .*: inf"):
+        trainer.fit(world.train)
+
+
 def test_a_large_gradient_is_no_error(build_trainer):
     """The squares of its numbers overflow, the numbers do not."""
     trainer, world = build_trainer("SASRecFast")
