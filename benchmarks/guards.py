@@ -217,6 +217,13 @@ GUARDS = [
         (T_FILES + "archive_member_with_a_path_is_refused",),
     ),
     Guard(
+        27,
+        "data/download.py",
+        'if leads_out or "\\\\" in member.filename or ":" in path.parts[0]:',
+        "if False:",
+        ("data/test_download.py::test_members_that_lead_out_are_refused",),
+    ),
+    Guard(
         *(28, "config.py", "class _Loader(yaml.SafeLoader):", "class _Loader(yaml.UnsafeLoader):"),
         fault("28_declarations_are_data"),
     ),
@@ -233,6 +240,25 @@ GUARDS = [
         "return dict(config_dict or {})",
         "return self._convert_config_dict(config_dict or {})",
         ("test_config.py::test_config_dict_strings_are_data_and_never_code",),
+    ),
+    Guard(
+        29,
+        "data/images.py",
+        "except Exception as error:  # whatever",
+        "except ZeroDivisionError as error:  # whatever",
+        fault("29_bad_images_are_masked_and_listed"),
+    ),
+    Guard(
+        *(29, "data/images.py", "if width * height > _MOST_PIXELS:", "if False:"),
+        fault("29_bad_images_are_masked_and_listed"),
+    ),
+    Guard(
+        *(29, "data/images.py", "if path.is_symlink() and not", "if False and not"),
+        fault("29_bad_images_are_masked_and_listed"),
+    ),
+    Guard(
+        *(29, "data/images.py", "if n_failed > max_failed * len(files):", "if False:"),
+        fault("29_too_many_failures_leave_nothing"),
     ),
     Guard(
         *(30, DERIVE, "(values != 0).any(axis=1), explained", "np.ones(len(ids), bool), explained"),
@@ -382,6 +408,17 @@ GUARDS = [
     Guard(
         *(40, DERIVE, 'if found == file.metadata.get("content_sha256"):', "if True:"),
         (T_DERIVE + "damaged_file_is_derived_anew",),
+    ),
+    Guard(
+        *(40, "data/download.py", "shutil.rmtree(temporary, ignore_errors=True)", "pass"),
+        ("data/test_download.py::test_an_interrupted_download_leaves_nothing_and_a_retry_works",),
+    ),
+    Guard(
+        40,
+        "data/download.py",
+        'elif entry is not None and found != entry["sha256"]:',
+        "elif False:",
+        ("data/test_download.py::test_another_archive_than_the_last_time_is_refused",),
     ),
 ]
 
