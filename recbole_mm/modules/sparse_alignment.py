@@ -425,11 +425,15 @@ class SparseAlignmentEncoder(nn.Module):
         Arguments as in :meth:`last`; what a gate is, :meth:`SparseAlignmentAttention.last_gates`
         says.
         """
+        gates = by_length(self._last_gates, x, length)
+        return gates.unflatten(1, (len(self.attention), -1))
+
+    def _last_gates(self, x: Tensor, length: Tensor) -> Tensor:
         gates = []
         for layer, attention in enumerate(self.attention):
             context = self._encode(x, length, layer)
             gates.append(cast(SparseAlignmentAttention, attention).last_gates(context, length))
-        return torch.stack(gates, dim=1)
+        return torch.cat(gates, dim=1)  # (B, n_layers * G)
 
     def _encode(self, x: Tensor, length: Tensor, n_layers: int) -> Tensor:
         is_real = padding_mask(length, x.shape[1])[..., None]

@@ -55,13 +55,16 @@ class Packing:
 _SHORTER = 0.75
 # ... unless it would hold fewer positions: a call costs as much as some hundred of them (measured)
 _MIN_POSITIONS = 512
+# Positions of a call without a gradient: 16 MiB for each tensor of 64 floats a position.
+_MOST_POSITIONS = 1 << 16
 
 
 def by_length(encode: Callable[[Tensor, Tensor], Tensor], x: Tensor, length: Tensor) -> Tensor:
     """``encode(x, length)``, computed for rows of like length at a time.
 
     Equal, but for rounding and the draws of dropout, for an ``encode`` that treats every row by
-    itself. Not done on a GPU, where small calls cost more than padding.
+    itself. Without a gradient a call holds at most 65,536 positions, or one row. Not done on a
+    GPU, where small calls cost more than padding.
 
     Args:
         encode: Takes ``(b, l, ...)`` and ``(b,)``, rows cut to the longest of them; gives
@@ -75,7 +78,10 @@ def by_length(encode: Callable[[Tensor, Tensor], Tensor], x: Tensor, length: Ten
     if x.device.type != "cpu" or len(length) == 0:
         return encode(x, length)
     longest_first = length.argsort(descending=True, stable=True)
-    groups = _groups(length[longest_first].tolist())
+    # what an encoder keeps for its gradient it keeps whatever the groups; without one, few
+    # positions at a time bound its memory
+    most = None if torch.is_grad_enabled() else _MOST_POSITIONS
+    groups = _groups(length[longest_first].tolist(), most)
     if len(groups) == 1:
         return encode(x, length)
     parts = []
@@ -88,16 +94,24 @@ def by_length(encode: Callable[[Tensor, Tensor], Tensor], x: Tensor, length: Ten
     return torch.cat(parts).index_select(0, longest_first.argsort())
 
 
-def _groups(lengths: list[int]) -> list[tuple[int, int]]:
-    """Number of rows and longest row of each group, for ``lengths`` in descending order."""
+def _groups(lengths: list[int], most: int | None) -> list[tuple[int, int]]:
+    """Number of rows and longest row of each group, for ``lengths`` in descending order.
+
+    A group of more than one row has at most ``most`` positions, padding included.
+    """
     groups = []
     start = 0
     for end in range(1, len(lengths) + 1):
         longest, left = max(1, lengths[start]), len(lengths) - end
-        if left == 0 or (
-            lengths[end] < _SHORTER * longest
-            and (end - start) * longest >= _MIN_POSITIONS
-            and left * lengths[end] >= _MIN_POSITIONS
+        full = most is not None and (end - start + 1) * longest > most
+        if (
+            left == 0
+            or full
+            or (
+                lengths[end] < _SHORTER * longest
+                and (end - start) * longest >= _MIN_POSITIONS
+                and left * lengths[end] >= _MIN_POSITIONS
+            )
         ):
             groups.append((end - start, longest))
             start = end

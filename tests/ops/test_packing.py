@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from recbole_mm.ops import packing
 from recbole_mm.ops.packing import Packing, by_length
 
 LENGTH = torch.tensor([3, 0, 5, 1])
@@ -118,3 +119,21 @@ def test_few_positions_are_not_worth_a_group():
         lambda x, n: seen.append(x.shape) or x, torch.zeros(3, 60, 1), torch.tensor([60, 2, 1])
     )
     assert [tuple(shape) for shape in seen] == [(3, 60, 1)]
+
+
+def test_without_a_gradient_a_call_holds_a_bounded_number_of_positions(monkeypatch):
+    monkeypatch.setattr(packing, "_MOST_POSITIONS", 1000)
+    length = torch.tensor([400, 400, 390, 1200, 400, 5, 400])
+    x = torch.randn(7, 1200, 2)
+    shapes = []
+
+    def note(x, length):
+        shapes.append(tuple(x.shape[:2]))
+        return last_of(x, length)
+
+    with torch.no_grad():
+        assert_close(by_length(note, x, length), last_of(x, length))
+    assert shapes == [(1, 1200), (2, 400), (2, 400), (2, 390)]
+    shapes.clear()
+    by_length(note, x, length)
+    assert shapes == [(1, 1200), (6, 400)]
