@@ -426,7 +426,7 @@ class SparseAlignmentEncoder(nn.Module):
         says.
         """
         gates = by_length(self._last_gates, x, length)
-        return gates.unflatten(1, (len(self.attention), -1))
+        return gates.view(len(x), len(self.attention), -1)
 
     def _last_gates(self, x: Tensor, length: Tensor) -> Tensor:
         gates = []
