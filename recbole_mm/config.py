@@ -38,6 +38,17 @@ _COMPUTED = frozenset(
     }
 )
 
+NO_NUMBERS = frozenset(
+    {
+        *("checkpoint_dir", "data_path", "feature_cache_dir", "dataset_save_path"),
+        *("dataloaders_save_path", "device", "gpu_id", "use_gpu", "local_rank", "single_spec"),
+        *("nproc", "world_size", "ip", "port", "offset", "worker", "show_progress", "state"),
+        *("log_wandb", "wandb_project", "save_per_user", "explain", "loss_decimal_place"),
+        *("checkpoint_minutes", "eval_memory_mb", "config_file", "config_files"),
+    }
+)
+"""Keys that change no number of a run: where things are, what is shown, which device."""
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML that reads ``1e-3`` as a number, as RecBole's own loader does."""

@@ -201,6 +201,7 @@ def _make(config: Config) -> _Made:
     init_seed(config["seed"], config["reproducibility"])
     dataset = create_dataset(config)
     _check_topk(config, dataset.item_num - 1)
+    _check_label(config, dataset)
     if distributed.n_processes() > 1 and set(config["eval_args"]["mode"].values()) == {"full"}:
         # enough batches for everyone; sampled candidates depend on what is in a batch
         share = math.ceil(dataset.user_num / distributed.n_processes())
@@ -265,12 +266,17 @@ def _run(
         trainer = trainer_class(config["MODEL_TYPE"], config["model"])(config, net, folder)
         if interrupted is not None:
             trainer.resume(interrupted.read_state())
-        best_score, best_result = trainer.fit(
-            train_data,
-            valid_data if rules.valid_users else None,
-            saved=True,
-            show_progress=config["show_progress"],
-        )
+        try:
+            best_score, best_result = trainer.fit(
+                train_data,
+                valid_data if rules.valid_users else None,
+                saved=True,
+                show_progress=config["show_progress"],
+            )
+        except ModuleNotFoundError as error:  # RecBole imports faiss, for one, in the middle
+            raise EnvironmentFault(
+                f"{config['model']} needs the package {error.name}, which is not installed"
+            ) from error
         test_result = trainer.evaluate(test_data, show_progress=False) if score_test else {}
         result = {
             "model": config["model"],
@@ -395,6 +401,20 @@ def _check_topk(config: Config, n_items: int) -> None:
         raise InputError(
             f"topk {config['topk']} asks for more than the {n_items} items of {config['dataset']}: "
             f"set topk to at most {n_items}"
+        )
+
+
+def _check_label(config: Config, dataset: Any) -> None:
+    """RecBole fails in the first batch of a model that learns from labels, and finds none."""
+    label = config["LABEL_FIELD"]
+    drawn = (config["train_neg_sample_args"] or {}).get("distribution", "none") != "none"
+    learns = config["MODEL_TYPE"] == ModelType.CONTEXT
+    if learns and not drawn and label not in dataset.inter_feat:
+        raise InputError(
+            f"{config['model']} learns from labels, but the interactions of {config['dataset']} "
+            f"have no column {label!r} (LABEL_FIELD): make it of another one, for example "
+            "threshold: {rating: 4}, or draw negatives, "
+            "train_neg_sample_args: {distribution: uniform, sample_num: 1}"
         )
 
 

@@ -21,8 +21,9 @@ RECBOLE_PROPERTIES = Path(recbole.__file__).parent / "properties"
 
 # what of RecBole cannot run on this path, and why
 _UNSUPPORTED = {
-    "XGBoost": "it needs the xgboost package and its own trainer",
-    "LightGBM": "it needs the lightgbm package and its own trainer",
+    # classes, and what RecBole calls their property files
+    **dict.fromkeys(("XGBoost", "xgboost"), "it needs the xgboost package and its own trainer"),
+    **dict.fromkeys(("LightGBM", "lightgbm"), "it needs the lightgbm package and its own trainer"),
     "S3Rec": "its pre-training reads and writes pickled checkpoints",
 }
 

@@ -95,7 +95,7 @@ class TrainerMixin:
         self._epoch_seconds = (0.0, 0.0)
         self.history: list[dict[str, Any]] = []
         self.best_epoch = -1
-        self._items = ""
+        self._items, self._n_items = "", 0
         self._quiet = not config["show_progress"]
         # RecBole opens a TensorBoard writer and a checkpoint folder below the working directory
         with TemporaryDirectory() as scratch, compat.working_directory(Path(scratch)):
@@ -117,7 +117,8 @@ class TrainerMixin:
             Score and result of validation at the best epoch.
         """
         self._loaders = loaders_of(train_data)
-        self._items = fingerprint(train_data._dataset.field2id_token[self.config["ITEM_ID_FIELD"]])
+        tokens = train_data._dataset.field2id_token[self.config["ITEM_ID_FIELD"]]
+        self._items, self._n_items = fingerprint(tokens), len(tokens) - 1
         over = False
         if self._resumed is not None:
             self._restore(self._resumed)
@@ -263,7 +264,7 @@ class TrainerMixin:
             "recbole_mm": __version__,
             "model": self.config["model"],
             "dataset": self.config["dataset"],
-            "n_items": self.model.n_items - 1,
+            "n_items": self._n_items,
             "items": self._items,
             "features": dict(getattr(getattr(self.model, "features", None), "widths", {})),
         }

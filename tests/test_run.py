@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import recbole_mm
-from recbole_mm.errors import InputError, NumericalError
+from recbole_mm.errors import EnvironmentFault, InputError, NumericalError
 from recbole_mm.evaluation import per_user
 from recbole_mm.protocol import Protocol, assert_comparable
+from recbole_mm.registry import get_model, model_names
 from recbole_mm.trainer import trainer_class
 from recbole_mm.training import CUTS_PADDING
 
@@ -152,3 +153,24 @@ def test_pretraining_can_freeze_the_fusion_layer():
     frozen = run("MUFASA", freeze_mfl=True)
     free = run("MUFASA")
     assert frozen["parameters"] < free["parameters"]
+
+
+def test_a_context_aware_model_asks_for_labels_and_runs_with_drawn_ones():
+    with pytest.raises(InputError, match="FM learns from labels, but the interactions of tiny"):
+        run("FM")
+    drawn = {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}}
+    result = run("FM", **drawn)
+    assert_comparable(protocol(result), protocol(run("BPR")))
+
+
+def test_a_package_that_a_model_needs_is_named(monkeypatch):
+    def needs_it(self):
+        raise ModuleNotFoundError("No module named 'faiss'", name="faiss")
+
+    monkeypatch.setattr(get_model("NCL"), "e_step", needs_it)
+    with pytest.raises(EnvironmentFault, match="NCL needs the package faiss"):
+        run("NCL")
+
+
+def test_every_model_of_the_list_is_there():
+    assert [name for name in model_names() if not isinstance(get_model(name), type)] == []

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recbole_mm.config import PROPERTIES, Config, read_yaml, reusable
+from recbole_mm.config import NO_NUMBERS, PROPERTIES, Config, read_yaml, reusable
 from recbole_mm.data.feature_files import sha256_of
 from recbole_mm.errors import InputError, nearest
 from recbole_mm.registry import MODELS
@@ -26,16 +26,6 @@ from recbole_mm.registry import MODELS
 BASELINES_OF_OURS = ("SASRecFast", "SASRecMM")
 """Models of this package that are baselines in any table."""
 
-# what changes no number of a run: where things are, what is shown, which device
-_NOT_IN_KEY = frozenset(
-    {
-        *("checkpoint_dir", "data_path", "feature_cache_dir", "dataset_save_path"),
-        *("dataloaders_save_path", "device", "gpu_id", "use_gpu", "local_rank", "single_spec"),
-        *("nproc", "world_size", "ip", "port", "offset", "worker", "show_progress", "state"),
-        *("log_wandb", "wandb_project", "save_per_user", "explain", "loss_decimal_place"),
-        *("checkpoint_minutes", "eval_memory_mb"),
-    }
-)
 _RESERVED = {
     "model": "name models in --models",
     "dataset": "name data sets in --datasets",
@@ -296,7 +286,7 @@ def _reads(config: Config) -> bool:
 
 
 def _settings(config: Config, seed: int) -> str:
-    values = {k: v for k, v in config.resolved().items() if k not in _NOT_IN_KEY}
+    values = {k: v for k, v in config.resolved().items() if k not in NO_NUMBERS}
     values["seed"] = seed
     if not _reads(config):
         del values["modalities"]

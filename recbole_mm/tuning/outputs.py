@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from recbole_mm.config import Config, _from_text
+from recbole_mm.config import NO_NUMBERS, Config, _from_text
 from recbole_mm.errors import NumericalError
-from recbole_mm.tuning.search import NOT_RESULTS, Record, Search, write_text
+from recbole_mm.tuning.search import Record, Search, write_text
 from recbole_mm.tuning.space import Parameter
 
 
@@ -63,7 +63,7 @@ def _given(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = {}
     final, known = config.resolved(), config.internal_config_dict
     for key, value in config.external_config_dict.items():
-        if key in NOT_RESULTS or key in ("model", "dataset", "seed") or key not in final:
+        if key in NO_NUMBERS or key in ("model", "dataset", "seed") or key not in final:
             continue
         typed = _from_text(value, known.get(key)) if isinstance(value, str) else value
         # a list of modalities picks from what is declared elsewhere

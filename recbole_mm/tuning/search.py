@@ -12,21 +12,11 @@ from typing import Any
 
 import torch
 
-from recbole_mm.config import Config
+from recbole_mm.config import NO_NUMBERS, Config
 from recbole_mm.errors import EnvironmentFault, InputError, NumericalError
 from recbole_mm.protocol import Protocol, assert_comparable
 from recbole_mm.quick_start import run
 from recbole_mm.tuning.space import Parameter
-
-NOT_RESULTS = frozenset(
-    {
-        *("checkpoint_dir", "data_path", "feature_cache_dir", "dataset_save_path", "device"),
-        *("dataloaders_save_path", "gpu_id", "use_gpu", "local_rank", "single_spec", "nproc"),
-        *("world_size", "ip", "port", "offset", "worker", "show_progress", "state", "log_wandb"),
-        *("wandb_project", "config_file", "config_files"),
-    }
-)
-"""Keys of the machine and the terminal, which change no number."""
 
 # a trial that ends with one of these is recorded, and the search goes on
 _FAILURES = (NumericalError, torch.cuda.OutOfMemoryError)
@@ -103,7 +93,7 @@ class Search:
             values: Configuration by key.
             earlier: Records that must have been evaluated alike; with any, what the data warn of
                 is not said again.
-            machine: Keys of :data:`NOT_RESULTS` to set.
+            machine: Keys of :data:`~recbole_mm.config.NO_NUMBERS` to set.
 
         Raises:
             InputError: Also if the trial was evaluated in another way than an earlier one.
@@ -185,7 +175,7 @@ def settings_of(
         "engine": engine,
         "algo": algo,
         "space": [f"{p.name} {p.kind} {list(p.values)}" for p in space.values()],
-        "config": {k: v for k, v in values.items() if k not in NOT_RESULTS and k not in space},
+        "config": {k: v for k, v in values.items() if k not in NO_NUMBERS and k not in space},
     }
     # ray keeps the number of trials with the state that it continues from
     return {**settings, "trials": n_trials} if engine == "ray" else settings
