@@ -101,7 +101,8 @@ class Config(RecBoleConfig):
 
     Precedence, weakest first: RecBole's defaults, ``properties/overall.yaml``,
     ``properties/model/<Model>.yaml``, ``properties/dataset/<dataset>.yaml``, config files,
-    ``config_dict``, command line.
+    ``config_dict``, command line. A model given as a class takes the property files of the models
+    it derives from; a mapping ``default_config`` in its body adds keys and their defaults.
 
     Differences from RecBole: values are never evaluated as Python; YAML is read by a safe loader;
     unknown keys, wrong types and impossible values are refused before any data is read; the
@@ -189,13 +190,29 @@ class Config(RecBoleConfig):
             else set()
         )
         load_col = self.internal_config_dict.get("load_col") or {}
+        # a model given as a class has the properties of those it derives from, and its own
+        lineage = model_class.__mro__[::-1]
+        parents = [cls for cls in lineage if cls is not model_class]
         for path in (
+            *(
+                RECBOLE_PROPERTIES / f"model/{cls.__name__}.yaml"
+                for cls in parents
+                if _is_recboles(cls)
+            ),
             PROPERTIES / "overall.yaml",
+            *(
+                PROPERTIES / f"model/{cls.__name__}.yaml"
+                for cls in parents
+                if cls in MODELS.values()
+            ),
             PROPERTIES / f"model/{model}.yaml",
-            PROPERTIES / f"dataset/{dataset}.yaml",
         ):
             if path.is_file():
                 self._update_internal_config_dict(path)
+        for cls in lineage:
+            self.internal_config_dict.update(vars(cls).get("default_config", {}))
+        if (PROPERTIES / f"dataset/{dataset}.yaml").is_file():
+            self._update_internal_config_dict(PROPERTIES / f"dataset/{dataset}.yaml")
         # RecBole's quick-start files name the .kg, .link and .item columns that some models need
         self.internal_config_dict["load_col"] = {
             **load_col,
@@ -393,6 +410,10 @@ def _recbole_keys() -> set[str]:
 def _other_models_keys() -> set[str]:
     files = [*(RECBOLE_PROPERTIES / "model").glob("*.yaml"), *(PROPERTIES / "model").glob("*.yaml")]
     return {key for file in files for key in read_yaml(file)}
+
+
+def _is_recboles(model: type) -> bool:
+    return model.__module__.startswith("recbole.model.")
 
 
 def _plain(value: Any) -> Any:

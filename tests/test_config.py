@@ -1,11 +1,16 @@
 """Precedence, safety and refusals of the configuration (reliability.md, cases 1, 28, 31, 32)."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import yaml
+from recbole.model.sequential_recommender import SASRec
 
+import recbole_mm
 from recbole_mm.config import Config, parse_value
 from recbole_mm.errors import InputError
+from recbole_mm.models.mufasa import MUFASA
 
 
 def config(model="MUFASA", dataset="tiny", files=None, values=None, line=()):
@@ -222,3 +227,35 @@ def test_resolved_is_plain_data_that_yaml_reads_back():
 
 def test_use_gpu_false_means_cpu():
     assert config(values={"use_gpu": False})["device"].type == "cpu"
+
+
+# ------------------------------------------------------------------------- models of others
+
+
+class Warmer(MUFASA):
+    default_config: ClassVar = {"warmth": 0.5, "window_size": 4}
+
+
+class Hotter(Warmer):
+    default_config: ClassVar = {"warmth": 0.9}
+
+
+class Stacked(SASRec):
+    pass
+
+
+def test_a_class_has_the_properties_of_those_it_derives_from_and_its_own():
+    config = Config(Hotter, "tiny", config_dict={"block_size": 3})
+    assert (config["warmth"], config["window_size"], config["block_size"]) == (0.9, 4, 3)
+    assert config["mfl_batch_items"] == Config("MUFASA", "tiny")["mfl_batch_items"]
+    assert Config(Stacked, "tiny")["n_layers"] == Config("SASRec", "tiny")["n_layers"]
+    with pytest.raises(InputError, match="warmth must be of type float"):
+        Config(Warmer, "tiny", config_dict={"warmth": "hot"})
+    with pytest.raises(InputError, match="unknown key 'warmth'"):
+        Config("MUFASA", "tiny", config_dict={"warmth": 0.5})
+
+
+def test_a_class_that_derives_from_one_of_ours_runs():
+    values = {"epochs": 1, "show_progress": False, "MAX_ITEM_LIST_LENGTH": 10}
+    result = recbole_mm.run(Hotter, "tiny", config_dict=values, saved=False)
+    assert result["model"] == "Hotter"
