@@ -242,15 +242,29 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(folder, monkeypatch):
     assert sorted(p.name for p in folder.parent.iterdir()) == ["image.safetensors", "images"]
 
 
-def test_a_changed_image_and_a_damaged_part_are_read_anew(folder, monkeypatch):
+def interrupted(folder, monkeypatch):
+    """Two parts of four images each are kept; the third was being read."""
     monkeypatch.setattr(images, "_PART", 4)
     with monkeypatch.context() as patch:
         Counted(patch, stop_at="l")
         with pytest.raises(KeyboardInterrupt):
             extract(folder)
-    kept = sorted((folder.parent / ".image.safetensors.parts").iterdir(), key=os.path.getmtime)
+    parts = list((folder.parent / ".image.safetensors.parts").iterdir())
+    assert len(parts) == 2
+    return parts
+
+
+def test_a_part_with_a_changed_image_is_read_anew(folder, monkeypatch):
+    interrupted(folder, monkeypatch)
     picture(99).save(folder / "b.png")
-    kept[1].write_bytes(kept[1].read_bytes()[:-9])
+    counted = Counted(monkeypatch)
+    assert extract(folder).kept == 4
+    assert counted.names == list("abcdijkl")
+
+
+def test_a_damaged_part_is_read_anew(folder, monkeypatch):
+    for part in interrupted(folder, monkeypatch):
+        part.write_bytes(part.read_bytes()[:-9])
     counted = Counted(monkeypatch)
     assert extract(folder).kept == 0
     assert counted.names == list("abcdefghijkl")
