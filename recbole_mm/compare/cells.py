@@ -30,6 +30,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from recbole_mm import __version__
 from recbole_mm.compare import missing
 from recbole_mm.compare.plan import Cell
@@ -184,27 +186,22 @@ def _context() -> Any:
 @contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
     """Hold the lock of the output folder; the system frees it when the process ends."""
-    path = out / ".lock"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise EnvironmentFault(
+            f"{out}: another compare is at work there; wait for it or choose another --out"
+        ) from None
     except OSError as error:
         raise EnvironmentFault(
             f"{out}: cannot be written ({error.strerror}); choose another --out"
         ) from error
-    with file:
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise EnvironmentFault(
-                f"{out}: another compare is at work there; wait for it or choose another --out"
-            ) from error
+    try:
         yield
+    finally:
+        lock.release()
 
 
 # ------------------------------------------------------------------------ in the process of a cell

@@ -34,7 +34,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,6 +46,7 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 import torch
+from filelock import FileLock, Timeout
 from scipy.linalg import eigh
 from scipy.sparse.linalg import svds
 from sklearn.feature_extraction.text import TfidfTransformer, TfidfVectorizer
@@ -304,10 +306,18 @@ def _derived_file(job: _Job, cache: Path) -> Path:
     digests = {path.name: sha256_of(path) for path in job.files.values()}
     stem = re.sub(r"[^\w.-]+", "_", job.source.name)
     path = cache / f"{stem}-{kind}-{_key(job, digests)[:32]}.safetensors"
-    if _is_intact(path):
-        logger.info("%s: derived earlier, %s", job.modality, path)
-        return path
+    if not _is_intact(path):
+        with _alone_at(path):
+            if not _is_intact(path):  # another process may have made it
+                _derive(job, path, digests)
+                return path
+    logger.info("%s: derived earlier, %s", job.modality, path)
+    return path
 
+
+def _derive(job: _Job, path: Path, digests: Mapping[str, str]) -> None:
+    """Compute the vectors of one modality and keep them as ``path``."""
+    kind = job.options["derive"]
     begin = time.perf_counter()
     compute = {"text": _text, "knowledge": _knowledge, "categories": _categories}[kind]
     with (
@@ -342,7 +352,28 @@ def _derived_file(job: _Job, cache: Path) -> Path:
         derived.explained_variance,
         path,
     )
-    return path
+
+
+@contextmanager
+def _alone_at(path: Path) -> Iterator[None]:
+    """Keep other processes from deriving the same file: they wait, and then read it.
+
+    A second writer would change the file under a run that has read it and not yet noted its sha256.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.parent / f".{path.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            logger.info("%s: another process derives it; waiting for it", path)
+            lock.acquire()
+    except OSError as error:
+        raise _unwritable(error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _key(job: _Job, digests: Mapping[str, str]) -> str:
@@ -400,7 +431,6 @@ def _write(path: Path, derived: _Derived, metadata: dict[str, str]) -> None:
     """Keep the result; all of the file is written or none."""
     content = _content_digest(derived.ids, derived.values, derived.present)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         save_features(
             path,
             torch.from_numpy(derived.values),
@@ -409,10 +439,14 @@ def _write(path: Path, derived: _Derived, metadata: dict[str, str]) -> None:
             {**metadata, "content_sha256": content},
         )
     except (OSError, EnvironmentFault) as error:
-        raise EnvironmentFault(
-            f"the cache of derived features: {error}; set feature_cache_dir or RECBOLE_MM_CACHE to "
-            "a folder with space that you may write to"
-        ) from error
+        raise _unwritable(error) from error
+
+
+def _unwritable(error: Exception) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"the cache of derived features: {error}; set feature_cache_dir or RECBOLE_MM_CACHE to "
+        "a folder with space that you may write to"
+    )
 
 
 # -- the kinds --------------------------------------------------------------------------------

@@ -7,7 +7,10 @@ import math
 import os
 import re
 import socket
+import threading
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -516,7 +519,28 @@ def test_second_call_and_touch_are_hits(world):
     os.utime(world.folder / "toy.item", ns=(1, 1))
     assert world.path(TEXT) == path
     assert path.stat().st_mtime_ns == written
-    assert [path] == list(world.cache.iterdir())  # and nothing half-written beside it
+    visible = [file for file in world.cache.iterdir() if file.suffix != ".lock"]
+    assert visible == [path]  # and nothing half-written beside it
+
+
+def test_of_two_that_need_a_file_one_derives_and_the_other_waits(world, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger=derive.__name__)
+    compute, calls, started = derive._text, [], threading.Event()
+
+    def slow(*args):
+        calls.append(1)
+        started.set()
+        while "another process derives it" not in caplog.text:
+            time.sleep(0.01)
+        return compute(*args)
+
+    monkeypatch.setattr(derive, "_text", slow)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(world.path, TEXT)
+        assert started.wait(60)
+        second = pool.submit(world.path, TEXT)
+        assert first.result(60) == second.result(60)
+    assert len(calls) == 1
 
 
 def test_hit_does_not_depend_on_the_items_of_the_run(world):
