@@ -27,6 +27,10 @@ class EnvironmentFault(RecboleMMError, RuntimeError):  # noqa: N818  (Environmen
     exit_code = 3
 
 
+class OutOfMemory(EnvironmentFault):
+    """The device has no memory for what the configuration asks (exit code 3)."""
+
+
 class NumericalError(RecboleMMError, ArithmeticError):
     """A loss, gradient or score stopped being finite (exit code 4)."""
 

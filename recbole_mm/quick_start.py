@@ -10,8 +10,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from recbole_mm import compat, distributed, explain, protocol, serving
 from recbole_mm.checkpoint import Checkpoint, load_weights
 from recbole_mm.config import Config
 from recbole_mm.data.dataset import create_dataset
-from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
+from recbole_mm.errors import EnvironmentFault, InputError, OutOfMemory, RecboleMMError
 from recbole_mm.run_folder import RunFolder, environment
 from recbole_mm.trainer import trainer_class
 
@@ -69,6 +69,7 @@ def run(
     Raises:
         InputError: Bad input or configuration.
         EnvironmentFault: A package or the disk says no.
+        OutOfMemory: The device has no memory for it.
         NumericalError: A loss or score is not finite.
     """
     with compat.without_recboles_warnings():
@@ -86,12 +87,40 @@ def run(
             return distributed.launch(nproc, _check_processes(config, nproc), one)
         if resume is None:
             config = Config(model, dataset, config_file_list, config_dict, command_line)
-            return _run(config, saved=saved, score_test=score_test)
+            with _memory_mends(config):
+                return _run(config, saved=saved, score_test=score_test)
         named = {"model": model if isinstance(model, str) else None, "dataset": dataset}
         values = {k: v for k, v in named.items() if v is not None} | dict(config_dict or {})
         if config_file_list or not saved:
             raise InputError("resume: the configuration is that of the run folder, give no file")
         return _resume(Path(resume), model, values, command_line, score_test=score_test)
+
+
+_MEMORY_KEYS = ("train_batch_size", "MAX_ITEM_LIST_LENGTH", "loss_memory_mb", "eval_memory_mb")
+
+
+@contextmanager
+def _memory_mends(config: Config) -> Iterator[None]:
+    """Say which keys lower the memory when it is used up, instead of a traceback."""
+    try:
+        yield
+    except RecboleMMError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        # torch has a class of its own for GPUs only
+        refused = ("allocate memory", "not enough memory", "out of memory")
+        is_memory = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+        if not is_memory and not any(words in str(error) for words in refused):
+            raise
+        said = str(error).splitlines() or [type(error).__name__]
+        device = config["device"].type
+        mends = [f"{key} (now {config[key]})" for key in _MEMORY_KEYS if config[key] is not None]
+        if device == "cuda" and not config["enable_amp"]:
+            mends.append("or set enable_amp: True")
+        raise OutOfMemory(
+            f"{config['model']} on {config['dataset']}: out of memory on {device} "
+            f"({said[0]}); lower {', '.join(mends)}"
+        ) from error
 
 
 def _check_processes(config: Config, nproc: int) -> str:
@@ -391,7 +420,8 @@ def _resume(
     threads = torch.get_num_threads()
     torch.set_num_threads(_read_json(folder / "environment.json")["threads"])
     try:
-        return _run(config, saved=True, score_test=score_test, interrupted=run)
+        with _memory_mends(config):
+            return _run(config, saved=True, score_test=score_test, interrupted=run)
     finally:
         torch.set_num_threads(threads)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import recbole_mm
-from recbole_mm.errors import EnvironmentFault, InputError, NumericalError
+from recbole_mm.errors import EnvironmentFault, InputError, NumericalError, OutOfMemory
 from recbole_mm.evaluation import per_user
 from recbole_mm.protocol import Protocol, assert_comparable
 from recbole_mm.registry import get_model, model_names
@@ -170,6 +170,42 @@ def test_a_package_that_a_model_needs_is_named(monkeypatch):
     monkeypatch.setattr(get_model("NCL"), "e_step", needs_it)
     with pytest.raises(EnvironmentFault, match="NCL needs the package faiss"):
         run("NCL")
+
+
+def too_much():
+    return torch.empty(10**15)
+
+
+def torn():
+    raise MemoryError
+
+
+def full_gpu():
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee ...")
+
+
+@pytest.mark.parametrize(
+    ("allocate", "said"),
+    [(too_much, "can't allocate memory"), (torn, "MemoryError"), (full_gpu, r"2.00 GiB.\)")],
+)
+def test_without_memory_the_keys_that_ask_for_it_are_named(monkeypatch, allocate, said):
+    monkeypatch.setattr(get_model("SASRecFast"), "calculate_loss", lambda *_: allocate())
+    with pytest.raises(
+        OutOfMemory,
+        match=f"SASRecFast on tiny: out of memory on cpu .*{said}.*; lower train_batch_size "
+        r"\(now 256\), MAX_ITEM_LIST_LENGTH \(now 10\), loss_memory_mb \(now 512\), eval_memory_mb",
+    ) as caught:
+        run("SASRecFast")
+    assert caught.value.exit_code == 3
+
+
+def test_another_fault_of_a_model_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(get_model("SASRecFast"), "calculate_loss", broken)
+    with pytest.raises(RuntimeError, match=r"^shapes do not match$"):
+        run("SASRecFast")
 
 
 def test_every_model_of_the_list_is_there():

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from recbole_mm.config import NO_NUMBERS, Config
-from recbole_mm.errors import EnvironmentFault, InputError, NumericalError
+from recbole_mm.errors import EnvironmentFault, InputError, NumericalError, OutOfMemory
 from recbole_mm.protocol import Protocol, assert_comparable
 from recbole_mm.quick_start import run
 from recbole_mm.tuning.space import Parameter
 
 # a trial that ends with one of these is recorded, and the search goes on
-_FAILURES = (NumericalError, torch.cuda.OutOfMemoryError)
+_FAILURES = (NumericalError, OutOfMemory)
 
 Record = dict[str, Any]
 """A trial as plain data: ``values``, ``score`` and ``valid`` (``None`` if it failed), ``error``

@@ -20,7 +20,7 @@ from recbole.utils import InputType
 import recbole_mm
 from recbole_mm import registry, tuning
 from recbole_mm.cli import main
-from recbole_mm.errors import EnvironmentFault, InputError, NumericalError
+from recbole_mm.errors import EnvironmentFault, InputError, NumericalError, OutOfMemory
 from recbole_mm.trainer import TrainerMixin
 from recbole_mm.tuning import engines
 from recbole_mm.tuning import search as search_module
@@ -253,13 +253,14 @@ def test_a_seed_fixes_the_search(tune, tmp_path, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_trial_that_diverges_is_recorded_and_the_search_goes_on(tune, engine):
-    runs = Runs({0: diverged(), 3: diverged()})
+def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tune, engine):
+    runs = Runs({0: diverged(), 3: OutOfMemory("lower train_batch_size (now 2048)")})
     found = tune(runs, engine=engine, algo="bayes")
     assert (found["trials"], found["failed"], len(runs.calls)) == (6, 2, 6)
     table = trials_of(found)
     assert table["state"].tolist() == ["failed", *["complete"] * 2, "failed", *["complete"] * 2]
     assert "is nan" in table["error"][0]
+    assert "lower train_batch_size" in table["error"][3]
     again = Runs()
     assert tune(again, engine=engine, algo="bayes")["failed"] == 2
     assert not again.calls  # a failure counts
