@@ -15,7 +15,7 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -n auto -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/installed-test
-	$(BIN)/python -m pytest -q -n auto -m slow $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow $(ARGS)
 
 fuzz: $(VENV)/installed-test
 	$(BIN)/python -m tests.data.test_fuzz_readers $(ARGS)

@@ -21,6 +21,8 @@ def _cache_of_its_own(tmp_path_factory):
 def _seed():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # tensors of a test are small, and the suite has its own processes
+    # an earlier test may have imported RecBole's SINE, which turns it on: ten times the time
+    torch.autograd.set_detect_anomaly(False)
 
 
 @pytest.fixture

@@ -69,6 +69,13 @@ def sparse_attention(
     b = block_size
     rows = []
     for j in range(q.shape[1]):
+        others = []
+        if j < length and n_selected_blocks is not None:
+            others = (
+                choose(j, q.detach(), block_key.detach(), b, n_selected_blocks, selection)
+                if chosen is None
+                else chosen[j]
+            )
         heads = []
         for h in range(len(q)):
             branches = []
@@ -81,11 +88,6 @@ def sparse_attention(
                     attend(q[h, j], block_key[h, :n_visible], block_value[h, :n_visible])
                 )
             if j < length and n_selected_blocks is not None:
-                others = (
-                    choose(j, q.detach(), block_key, b, n_selected_blocks, selection)
-                    if chosen is None
-                    else chosen[j]
-                )
                 tokens = [t for c in [*others, j // b] for t in range(c * b, (c + 1) * b) if t <= j]
                 branches.append(attend(q[h, j], k[h, tokens], v[h, tokens]))
             weighted = [gate[h, j, g] * branch for g, branch in enumerate(branches)]
