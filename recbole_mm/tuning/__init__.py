@@ -83,6 +83,7 @@ def tune(
         InputError: Bad input, before the first trial or in one.
         EnvironmentFault: The engine is not installed, or the disk says no.
         NumericalError: If every trial failed.
+        OutOfMemory: If every trial failed for lack of memory.
     """
     for name, value, known in (("engine", engine, [*ENGINES]), ("algo", algo, ALGORITHMS)):
         if value not in known:

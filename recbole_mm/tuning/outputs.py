@@ -9,7 +9,7 @@ import pandas as pd
 import yaml
 
 from recbole_mm.config import NO_NUMBERS, Config, _from_text
-from recbole_mm.errors import NumericalError
+from recbole_mm.errors import NumericalError, OutOfMemory
 from recbole_mm.tuning.search import Record, Search, write_text
 from recbole_mm.tuning.space import Parameter
 
@@ -19,15 +19,16 @@ def write_outputs(search: Search, config: Config, records: Sequence[Record]) -> 
 
     Raises:
         NumericalError: If every trial failed; table and page are written all the same.
+        OutOfMemory: Likewise, if all of them failed for lack of memory.
     """
     best = search.best(records)
     write_text(search.folder / "trials.csv", _table(records).to_csv(index=False))
     write_text(search.folder / "trials.html", _page(search, records))
     if best is None:
-        raise NumericalError(
-            f"all {len(records)} trials failed, the first with: {records[0]['error']}; "
-            "narrow the search space, learning_rate first"
-        )
+        said = f"all {len(records)} trials failed, the first with: {records[0]['error']}"
+        if all(record.get("out_of_memory") for record in records):
+            raise OutOfMemory(said)
+        raise NumericalError(f"{said}; narrow the search space, learning_rate first")
     record = records[best]
     path = search.out / search.settings["dataset"] / f"{search.settings['model']}.yaml"
     write_text(path, _best_yaml(search, config, records, best))

@@ -21,7 +21,8 @@ _FAILURES = (NumericalError, OutOfMemory)
 
 Record = dict[str, Any]
 """A trial as plain data: ``values``, ``score`` and ``valid`` (``None`` if it failed), ``error``
-(``None`` if it did not), ``best_epoch``, ``epochs``, ``seconds``, ``protocol``."""
+(``None`` if it did not), ``best_epoch``, ``epochs``, ``seconds``, ``protocol``; of a failed one
+``out_of_memory``, too: whether that was why."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ class Search:
             )
         except _FAILURES as error:
             seconds = round(time.perf_counter() - started, 2)
-            return {**record, "error": str(error), "seconds": seconds}
+            memory = isinstance(error, OutOfMemory)
+            return {**record, "error": str(error), "out_of_memory": memory, "seconds": seconds}
         finally:
             log.setLevel(level)
         if not result["best_valid_result"]:

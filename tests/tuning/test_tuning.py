@@ -275,6 +275,13 @@ def test_if_every_trial_fails_the_table_is_written_and_no_configuration(tune, tm
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_if_no_trial_has_the_memory_the_search_ends_with_that(tune, engine):
+    runs = Runs({n: OutOfMemory("lower train_batch_size (now 2048)") for n in range(6)})
+    with pytest.raises(OutOfMemory, match=r"all 6 trials failed, .*lower train_batch_size"):
+        tune(runs, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_bad_input_stops_the_search(tune, engine):
     runs = Runs({2: wrong()})
     with pytest.raises(InputError, match="hidden_size must divide"):
