@@ -58,7 +58,10 @@ def fault(*names: str) -> tuple[str, ...]:
 
 
 ATOMIC, DATASET, DERIVE = "data/atomic.py", "data/dataset.py", "data/derive.py"
-FILES, FEATURES = "data/feature_files.py", "data/features.py"
+FEATURES = "data/features.py"
+FILES, COMMON, ARRAYS, TABLES = (
+    f"data/feature_files/{name}.py" for name in ("__init__", "common", "arrays", "tables")
+)
 T_DATASET, T_DERIVE, T_FILES = (
     f"data/test_{name}.py::test_" for name in ("dataset", "derive", "feature_files")
 )
@@ -149,15 +152,15 @@ GUARDS = [
     ),
     Guard(20, FEATURES, "if is_zero.any():", "if False:", fault("20_zero_rows_are_counted")),
     Guard(
-        *(21, FILES, "if size == 0 or size % (4 * dim):", "if False:"),
+        *(21, ARRAYS, "if size == 0 or size % (4 * dim):", "if False:"),
         fault("21_wrong_width_of_a_bare_float_file"),
     ),
     Guard(
-        *(22, FILES, 'if dtype.kind not in "fiub":', "if False:"),
+        *(22, COMMON, 'if dtype.kind not in "fiub":', "if False:"),
         (T_FILES + "what_is_not_a_real_number_is_refused",),
     ),
     Guard(
-        *(23, FILES, "if len(cells) != self.width:", "if False:"),
+        *(23, TABLES, "if len(cells) != self.width:", "if False:"),
         fault("23_ragged_side_file_names_its_line"),
     ),
     Guard(
@@ -166,14 +169,14 @@ GUARDS = [
     ),
     Guard(
         25,
-        FILES,
+        COMMON,
         "except Exception as error:\n        raise _damaged",
         "except ZeroDivisionError as error:\n        raise _damaged",
         fault("25_truncated_files_are_named"),
     ),
     Guard(
         25,
-        FILES,
+        ARRAYS,
         'except Exception as error:\n        raise InputError(\n            f"{path}: damaged',
         "except ZeroDivisionError as error:\n"
         '        raise InputError(\n            f"{path}: damaged',
@@ -181,18 +184,18 @@ GUARDS = [
     ),
     Guard(
         26,
-        FILES,
-        "_copy_on_write(lambda mode: np.lib.format.open_memmap(path, mode=mode))",
+        ARRAYS,
+        "copy_on_write(lambda mode: np.lib.format.open_memmap(path, mode=mode))",
         "np.load(path, allow_pickle=True)",
         fault("26_pickles_are_never_run"),
     ),
     Guard(
-        *(26, FILES, "np.load(path, allow_pickle=False)", "np.load(path, allow_pickle=True)"),
+        *(26, ARRAYS, "np.load(path, allow_pickle=False)", "np.load(path, allow_pickle=True)"),
         fault("26_pickles_are_never_run"),
     ),
     Guard(
         26,
-        FILES,
+        ARRAYS,
         "weights_only=True, mmap",
         "weights_only=False, mmap",
         fault("26_pickles_are_never_run"),
@@ -211,7 +214,7 @@ GUARDS = [
         fault("27_an_id_file_cannot_leave_the_data_set"),
     ),
     Guard(
-        *(27, FILES, 'if "/" in member or "\\\\" in member:', "if False:"),
+        *(27, ARRAYS, 'if "/" in member or "\\\\" in member:', "if False:"),
         (T_FILES + "archive_member_with_a_path_is_refused",),
     ),
     Guard(

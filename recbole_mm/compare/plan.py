@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mm.config import NO_NUMBERS, PROPERTIES, Config, read_yaml, reusable
-from recbole_mm.data.feature_files import sha256_of
+from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import InputError, nearest
 from recbole_mm.registry import MODELS
 

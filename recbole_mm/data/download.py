@@ -26,7 +26,7 @@ import recbole
 import yaml
 
 from recbole_mm.checkpoint import replacing
-from recbole_mm.data.feature_files import sha256_of
+from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import EnvironmentFault, InputError, nearest
 
 _LIST = Path(recbole.__file__).parent / "properties/dataset/url.yaml"

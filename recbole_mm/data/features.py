@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recbole_mm.data.digest import sha256_of, stamp_of
 from recbole_mm.data.feature_files import (
     TABLE_KINDS,
     FeatureFile,
@@ -26,8 +27,6 @@ from recbole_mm.data.feature_files import (
     read_features,
     read_ids,
     row_chunks,
-    sha256_of,
-    stamp_of,
 )
 from recbole_mm.errors import EnvironmentFault, InputError, nearest
 

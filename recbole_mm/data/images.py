@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from recbole_mm import checkpoint
 from recbole_mm.data.atomic import read_atomic
-from recbole_mm.data.derive import decompose
+from recbole_mm.data.decomposition import decompose
 from recbole_mm.data.feature_files import save_features
 from recbole_mm.errors import EnvironmentFault, InputError, nearest
 

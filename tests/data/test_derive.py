@@ -13,7 +13,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import recbole
@@ -345,45 +344,6 @@ def test_more_categories_than_dim_are_decomposed(world):
     path = world.path({**GENRES, "dim": 2})
     assert {len(vector) for vector in vectors(path).values()} == {2}
     assert read_features(path).metadata["encoder"].startswith("category-svd")
-
-
-# -- decomposition
-
-
-@pytest.mark.parametrize("largest_dense", [0, 2048])
-@pytest.mark.parametrize("shape", [(40, 25), (25, 40)])
-def test_decomposition_agrees_with_numpys(shape, largest_dense, monkeypatch):
-    monkeypatch.setattr(derive, "_DENSE", largest_dense)
-    rng = np.random.default_rng(0)
-    matrix = rng.random(shape) * (rng.random(shape) < 0.3)
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    sign = np.sign(vt[np.arange(7), np.abs(vt[:7]).argmax(axis=1)])
-    scores = u[:, :7] * s[:7] * sign
-    expected = scores / np.linalg.norm(scores, axis=1, keepdims=True)
-    for form in (matrix, derive.sp.csr_matrix(matrix)):
-        values, explained = derive.decompose(form, 7, "m")
-        assert values == pytest.approx(expected, abs=1e-5)
-        assert explained == pytest.approx(scores.var(axis=0).sum() / matrix.var(axis=0).sum())
-
-
-def test_equal_singular_values_give_the_same_answer_every_time():
-    blocks = derive.sp.csr_matrix(np.kron(np.eye(10), np.ones((2, 2))))
-    first, second = (derive.decompose(blocks, 4, "m")[0] for _ in range(2))
-    assert (first == second).all()
-
-
-def test_lanczos_begins_at_the_same_vector_every_time(monkeypatch):
-    monkeypatch.setattr(derive, "_DENSE", 0)
-    matrix = derive.sp.csr_matrix(np.random.default_rng(0).random((90, 70)))
-    first, second = (derive._singular_vectors(matrix, 5)[0] for _ in range(2))
-    assert (first == second).all()
-
-
-def test_all_components_hold_all_variance():
-    matrix = np.random.default_rng(0).random((6, 4))
-    values, explained = derive.decompose(derive.sp.csr_matrix(matrix), 4, "m")
-    assert values.shape == (6, 4)
-    assert explained == pytest.approx(1)
 
 
 def test_dim_beyond_the_rank_is_reduced_with_a_warning(world, caplog):

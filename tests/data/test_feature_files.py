@@ -23,7 +23,6 @@ from recbole_mm.data.feature_files import (
     read_features,
     read_ids,
     save_features,
-    sha256_of,
 )
 from recbole_mm.errors import EnvironmentFault, InputError
 
@@ -660,34 +659,6 @@ def test_canonical_file_without_rows_is_no_matrix(tmp_path):
     safetensors.torch.save_file({"features": torch.zeros(0, 3)}, tmp_path / "f.safetensors")
     with pytest.raises(InputError, match=r"shape \(0, 3\); a feature matrix is \(rows, width\)"):
         read_features(tmp_path / "f.safetensors")
-
-
-def test_hash_is_sha256sum_and_follows_the_content(tmp_path):
-    path = tmp_path / "f.bin"
-    path.write_bytes(b"abc")
-    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
-    assert sha256_of(path) == known
-    before = path.stat()
-    path.write_bytes(b"abd")  # same size, within one tick of the clock
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert sha256_of(path) != known
-
-
-def test_hash_of_an_unchanged_file_is_not_computed_again(tmp_path, monkeypatch):
-    path = tmp_path / "f.bin"
-    path.write_bytes(b"abc")
-    os.utime(path, (1, 1))
-    first = sha256_of(path)
-    monkeypatch.setattr("hashlib.sha256", None)
-    assert sha256_of(path) == first
-
-
-def test_hash_of_a_folder_follows_names_and_content(tmp_path):
-    folder(tmp_path / "a", VALUES, TOKENS)
-    folder(tmp_path / "b", VALUES, TOKENS)
-    assert sha256_of(tmp_path / "a") == sha256_of(tmp_path / "b")
-    (tmp_path / "b" / "7.npy").rename(tmp_path / "b" / "8.npy")
-    assert sha256_of(tmp_path / "a") != sha256_of(tmp_path / "b")
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,7 @@ def test_case_20_constant_matrix_is_a_warning(tmp_path, caplog):
 
 
 def test_checks_see_every_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr("recbole_mm.data.feature_files.CHUNK_NUMBERS", 7)  # two rows a chunk
+    monkeypatch.setattr("recbole_mm.data.feature_files.common.CHUNK_NUMBERS", 7)  # two rows a chunk
     n = 9
     values = torch.randn(n, 3)
     values[8, 1], values[5] = torch.nan, 0
