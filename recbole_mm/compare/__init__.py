@@ -51,7 +51,7 @@ def compare(
         out: Folder of runs and tables.
         config_files: YAML files for every run.
         config_dict: Values for every run; a variant is stronger.
-        command_line: ``--key=value`` arguments for every run, strongest of all.
+        command_line: ``--key=value`` arguments for every run; a variant is stronger.
         tuned: Folder with ``<dataset>/<model>.yaml`` or ``<model>.yaml``, tuned configurations.
         variants: YAML file of named variants, ``name: {key: value}``.
         modality_ablation: Add a row for every other subset of the modalities of a row.

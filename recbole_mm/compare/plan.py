@@ -110,7 +110,8 @@ def plan(
         seeds: The seeds, or how many: that of the configuration and those that follow it.
         config_files: YAML files for every cell.
         config_dict: Values for every cell; weaker than a row's variants.
-        command_line: ``--key=value`` arguments for every cell, strongest of all.
+        command_line: ``--key=value`` arguments for every cell; weaker than a row's variants, which
+            are what sets the row apart, and stronger than all else.
         tuned: Folder of tuned configurations, ``<dataset>/<model>.yaml`` or ``<model>.yaml``;
             weaker than ``config_dict``. A model without a file keeps its defaults.
         variants: YAML file of named variants, ``name: {key: value}``, that ``MODEL+name`` finds
@@ -176,15 +177,19 @@ class _Common:
     def resolve(self, row: Row) -> Config:
         files = (*self.config_files, *_tuned_file(self.tuned, row.model, self.dataset))
         values = {**self.config_dict, **row.values, **_FIXED}
+        for_all = [argument for argument in self.command_line if _key(argument) not in row.values]
         try:
-            return Config(row.model, self.dataset, files, values, self.command_line)
+            return Config(row.model, self.dataset, files, values, for_all)
         except InputError as error:
             raise InputError(f"{row.label} on {self.dataset}: {error}") from error
 
 
+def _key(argument: str) -> str:
+    return argument.removeprefix("--").partition("=")[0]
+
+
 def _check_command_line(command_line: Sequence[str]) -> None:
-    for argument in command_line:
-        key = argument.removeprefix("--").partition("=")[0]
+    for key in map(_key, command_line):
         if key in _RESERVED:
             raise InputError(f"command line: --{key} is not for compare: {_RESERVED[key]}")
 
@@ -263,7 +268,7 @@ def _is_new(row: Row, config: Config, taken: dict[str, Row]) -> bool:
     if first is not row and not row.expanded:
         raise InputError(
             f"--models: {row.label} is the same as {first.label} on {config['dataset']}: its "
-            "variant sets nothing new, or the command line overrules it; remove one of them"
+            "variant sets nothing new; remove one of them"
         )
     return first is row
 

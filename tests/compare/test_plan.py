@@ -105,6 +105,15 @@ def test_every_subset_of_modalities_is_a_row_of_models_that_read_them():
     ]
 
 
+def test_what_a_variant_sets_is_not_overruled_by_keys_for_all_rows(tmp_path):
+    file = tmp_path / "variants.yaml"
+    file.write_text("patient: {stopping_step: 20}\n")
+    line = ["--stopping_step=3", "--epochs=7"]
+    cells = plan(["BPR+patient", "Pop"], ["tiny"], 1, command_line=line, variants=file)
+    assert [cell.values["stopping_step"] for cell in cells] == [20, 3]
+    assert {cell.values["epochs"] for cell in cells} == {7}
+
+
 def test_a_shipped_data_set_is_found_beside_those_of_data_path(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -124,8 +133,8 @@ def test_a_shipped_data_set_is_found_beside_those_of_data_path(tmp_path):
         (["SASRec", "SASRec"], {}, "SASRec is the same as SASRec"),
         (
             ["MUFASA", "MUFASA+without_anchor"],
-            {"command_line": ["--use_anchor=True"]},
-            "the command line overrules it",
+            {"command_line": ["--use_anchor=False"]},
+            "its variant sets nothing new",
         ),
         (["SASRec"], {"command_line": ["--seed=3"]}, "use --seeds"),
         (["SASRec"], {"command_line": ["--checkpoint_dir=x"]}, "use --out"),
