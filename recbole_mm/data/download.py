@@ -3,8 +3,8 @@
 An archive is fetched and unpacked beside its place, in a hidden folder that is renamed at the end,
 so that a folder with the name of a data set is whole. ``SOURCE.json`` in ``data_path`` keeps for
 each name where it came from and the sha256 of the archive and of each file; another download of
-that name must have the same. A process that was killed leaves ``.<name>.*.part`` behind, which
-nothing reads.
+that name must have the same; ``.SOURCE.json.lock`` keeps two downloads from writing it at once. A
+process that was killed leaves ``.<name>.*.part`` behind, which nothing reads.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 import recbole
 import yaml
+from filelock import FileLock
 
 from recbole_mm.checkpoint import replacing
 from recbole_mm.data.digest import sha256_of
@@ -122,11 +123,12 @@ def download(
             "fetched": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "files": _files(temporary / name),
         }
-        # first: a record without a folder is harmless, a folder without its record is refused
-        with replacing(data_path / _RECORD) as file:
-            text = json.dumps({**_record(data_path), name: entry}, indent=2, sort_keys=True)
-            file.write_text(text + "\n", encoding="utf-8")
-        (temporary / name).rename(folder)
+        with FileLock(data_path / f".{_RECORD}.lock"):  # other downloads write it too
+            # first: a record without a folder is harmless, a folder without its record is refused
+            with replacing(data_path / _RECORD) as file:
+                text = json.dumps({**_record(data_path), name: entry}, indent=2, sort_keys=True)
+                file.write_text(text + "\n", encoding="utf-8")
+            (temporary / name).rename(folder)
     except (OSError, EnvironmentFault) as error:
         if isinstance(error, EnvironmentFault) and not isinstance(error.__cause__, OSError):
             raise

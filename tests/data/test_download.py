@@ -74,7 +74,8 @@ def server(monkeypatch):
 
 
 def left(path):
-    return sorted(p.name for p in path.iterdir()) if path.exists() else []
+    names = (p.name for p in path.iterdir()) if path.exists() else ()
+    return sorted(name for name in names if name != ".SOURCE.json.lock")  # which stays
 
 
 def test_a_data_set_is_fetched_renamed_and_recorded(server, tmp_path, capsys):
@@ -90,6 +91,20 @@ def test_a_data_set_is_fetched_renamed_and_recorded(server, tmp_path, capsys):
     out = capsys.readouterr().out
     assert entry["sha256"] in out
     assert f"--dataset=tiny-set --data_path={tmp_path / 'data'}" in out
+
+
+def test_downloads_at_once_all_keep_their_record(server, tmp_path, monkeypatch):
+    """The second one ends after the first has fetched and before it records."""
+    fetch, names = module._fetch, iter(["tiny-set", "other"])
+
+    def fetch_while_another_ends(url, archive):
+        fetch(url, archive)
+        if next(names) == "tiny-set":
+            download("other", tmp_path, url=server.url)
+
+    monkeypatch.setattr(module, "_fetch", fetch_while_another_ends)
+    download("tiny-set", tmp_path)
+    assert json.loads((tmp_path / "SOURCE.json").read_text()).keys() == {"tiny-set", "other"}
 
 
 def test_a_whole_folder_is_left_as_it_is(server, tmp_path):
