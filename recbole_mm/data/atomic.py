@@ -55,6 +55,18 @@ class AtomicTable:
     dropped: int = 0
 
 
+@dataclass(frozen=True)
+class AtomicFormat:
+    """How the atomic files of a data set are written; RecBole's keys of these names."""
+
+    field_separator: str = "\t"
+    seq_separator: str = " "
+    encoding: str = "utf-8"
+
+
+RECBOLES_FORMAT = AtomicFormat()
+
+
 def read_header(
     path: str | Path, *, field_separator: str = "\t", encoding: str = "utf-8"
 ) -> dict[str, FeatureType]:

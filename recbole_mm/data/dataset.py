@@ -35,7 +35,7 @@ from recbole.data.interaction import Interaction
 from recbole.utils import FeatureSource, FeatureType, ModelType
 from torch import Tensor
 
-from recbole_mm.data.atomic import AtomicTable, read_atomic, read_header
+from recbole_mm.data.atomic import AtomicFormat, AtomicTable, read_atomic, read_header
 from recbole_mm.data.categories import CategoryTable
 from recbole_mm.data.cold_start import newest_items
 from recbole_mm.data.derive import resolve_declarations
@@ -50,6 +50,10 @@ TARGET_ROW = "_target_row"
 """Field of an evaluation batch, with ``mask_history``: where :meth:`history` finds the past."""
 
 _PARTS = ("train", "valid", "test")
+_KNOWLEDGE_FIELDS = (
+    *("ENTITY_ID_FIELD", "HEAD_ENTITY_ID_FIELD"),
+    *("RELATION_ID_FIELD", "TAIL_ENTITY_ID_FIELD"),
+)
 _MISSING_TEXT = ("", "_")
 _T = TypeVar("_T")
 
@@ -129,6 +133,19 @@ class MultimodalDataset(Dataset):
         # shared by the parts of a split, which are shallow copies
         self._side_information: dict[str, Any] = {}
 
+    def _set_alias(self, alias_name: str, default_value: list[Any]) -> None:
+        """As RecBole; the lists of pre-split files hold items, whether the user says so or not."""
+        if alias_name == "item_id" and self._list_field in self.field2type:
+            default_value = [*default_value, self._list_field]
+        super()._set_alias(alias_name, default_value)
+
+    @property
+    def _list_field(self) -> str | None:
+        """Column of the histories in files that come split."""
+        if self.config["benchmark_filename"] is None:
+            return None
+        return f"{self.iid_field}{self.config['LIST_SUFFIX']}"
+
     # ------------------------------------------------------------------ reading
 
     def _load_data(self, token: str, dataset_path: str) -> None:
@@ -165,6 +182,8 @@ class MultimodalDataset(Dataset):
             required = {key: field for key, field in required.items() if field is not None}
             if self._orders_by_time:
                 required["TIME_FIELD"] = self.config["TIME_FIELD"]
+            if isinstance(self, SequentialDataset) and self._list_field is not None:
+                required["the history, with benchmark_filename"] = self._list_field
         return required
 
     @property
@@ -198,6 +217,12 @@ class MultimodalDataset(Dataset):
                     f"{filepath}: no column {field!r} ({key}) among those to be read: "
                     f"{', '.join(columns) or 'none'}; add it to load_col.{name}, or set {key}"
                     f"{nearest(str(field), header)}"
+                )
+            is_id = key in ("USER_ID_FIELD", "ITEM_ID_FIELD")
+            if is_id and header[str(field)] is not FeatureType.TOKEN:
+                raise InputError(
+                    f"{filepath}, line 1: {field} ({key}) is of type {header[str(field)].value}; "
+                    f"an id is text: write {field}:token"
                 )
         time = self.time_field if source is FeatureSource.INTERACTION else None
         if time in columns and header[time] is not FeatureType.FLOAT:
@@ -409,6 +434,7 @@ class MultimodalDataset(Dataset):
 
     def _remap_ID_all(self) -> None:  # noqa: N802  (RecBole's name)
         if self.benchmark_filename_list is not None:
+            self._refuse_empty_ids()
             self._keep_known_ids()  # such data are not filtered
         if self.item_feat is not None:
             known = self.inter_feat[self.iid_field].nunique()
@@ -421,6 +447,22 @@ class MultimodalDataset(Dataset):
         self.report = self._count()
         if self.time_field in self.inter_feat:
             self.inter_feat[self.time_field] = self.inter_feat[self.time_field].astype(np.float64)
+
+    def _refuse_empty_ids(self) -> None:
+        """In files that come split no row can be left out, and an empty id would be padding."""
+        parts = np.repeat(self.benchmark_filename_list, self.file_size_list)
+        fields = [*self._id_fields, self._list_field]
+        for field in (field for field in fields if field in self.inter_feat):
+            column = self.inter_feat[field]
+            is_list = self.field2type[field] is FeatureType.TOKEN_SEQ
+            is_empty = (column.map(len) == 0 if is_list else column.isna()).to_numpy()
+            if is_empty.any():
+                first = int(is_empty.argmax())
+                row = first - int((parts == parts[first]).argmax()) + 1
+                raise InputError(
+                    f"{self.dataset_name}.{parts[first]}.inter, interaction {row}: {field} is "
+                    "empty; remove such rows, a data set that comes split is not filtered"
+                )
 
     def _order_by_time(self) -> None:
         """Bring the interactions into the order of their exact times.
@@ -464,12 +506,13 @@ class MultimodalDataset(Dataset):
         )
 
     def _dataframe_to_interaction(self, data: pd.DataFrame) -> Interaction:
-        """As RecBole; sequential models keep the time in float64."""
+        """As RecBole; sequential models, and a split by time, keep the time in float64."""
         interaction = super()._dataframe_to_interaction(data)
         time = self.time_field
         # an embedded time goes through float32 layers
         is_embedded = time in self.config["numerical_features"]
-        if isinstance(self, SequentialDataset) and time in data and not is_embedded:
+        is_exact = isinstance(self, SequentialDataset) or self._splits_by_time
+        if is_exact and time in data and not is_embedded:
             interaction[time] = torch.from_numpy(data[time].to_numpy(np.float64, copy=True))
         return interaction
 
@@ -551,6 +594,43 @@ class MultimodalDataset(Dataset):
         part = (rows.rank[:, None] >= bounds[which][rows.group]).sum(axis=1)
         return self._parts([rows.order[part == number] for number in range(len(shares))])
 
+    @property
+    def _splits_by_time(self) -> bool:
+        ready_made = self.config["benchmark_filename"] is not None
+        return not ready_made and "TS" in (self.config["eval_args"]["split"] or {})
+
+    def time_based_split(self, ratios: list[float], group_by: str | None) -> list[Dataset]:
+        """Hold out what comes after a moment, and before it the last share of every user.
+
+        RecBole's rule, on the exact times of all interactions. RecBole takes the moment from the
+        rows of a sequential data set, of which a user has one fewer than interactions, and from
+        times in float32 for general models. Here both hold out the same; the first interaction of
+        a user is never held out.
+        """
+        lazy = isinstance(self, MultimodalSequentialDataset)
+        if not self._orders_by_time or group_by is None:
+            raise InputError("eval_args: split TS needs order: TO and USER_ID_FIELD")
+        if isinstance(self, SequentialDataset) and not lazy:
+            raise InputError(
+                f"eval_args: split TS is not possible for {self.config['model']}, whose data set "
+                "class keeps only the last items of a history; use LS"
+            )
+        shares = [ratio / sum(ratios) for ratio in ratios]
+        boundary = np.percentile(self._all_times(), 100 * (1 - shares[-1]))
+        rows = self._grouped_rows(group_by)
+        is_late = self.inter_feat[self.time_field].numpy()[rows.order] > boundary
+        skipped = 1 if lazy else 0  # the first interaction of a user is no row
+        n_early = np.bincount(rows.group[~is_late], minlength=len(rows.sizes)) + skipped
+        n_train = np.maximum((n_early * (shares[0] / (1 - shares[-1]))).astype(int), 1)
+        place = rows.rank + skipped
+        part = np.where(place < n_train[rows.group], 0, 1)
+        part[is_late & (place > 0)] = 2
+        return self._parts([rows.order[part == number] for number in range(len(_PARTS))])
+
+    def _all_times(self) -> NDArray[np.float64]:
+        times: NDArray[np.float64] = self.inter_feat[self.time_field].numpy()
+        return times
+
     def _grouped_rows(self, field: str) -> _GroupedRows:
         return _GroupedRows(self.inter_feat[field].numpy())
 
@@ -609,12 +689,17 @@ class MultimodalDataset(Dataset):
             cache_dir=self.config["feature_cache_dir"],
             progress=bool(self.config["show_progress"]),
             item_id_field=self.iid_field,
+            knowledge_fields=[self.config[key] for key in _KNOWLEDGE_FIELDS],
             **where,
             **self._format,
         )
         coverage = self.config["min_coverage"]
         table = load_features(
-            declarations, tokens, min_coverage=0.9 if coverage is None else coverage, **where
+            declarations,
+            tokens,
+            min_coverage=0.9 if coverage is None else coverage,
+            atomic=AtomicFormat(**self._format),
+            **where,
         )
         return table.hiding(self.config["hidden_features"] or {}, tokens)
 
@@ -717,6 +802,10 @@ class MultimodalSequentialDataset(MultimodalDataset, SequentialDataset):
         rows = self.inter_feat
         self.inter_feat = rows.without(is_cold[rows.source.columns[self.iid_field]])
 
+    def _all_times(self) -> NDArray[np.float64]:
+        times: NDArray[np.float64] = self.inter_feat.source.columns[self.time_field].numpy()
+        return times
+
     @property
     def _predicts_everywhere(self) -> bool:
         return self.config["train_objective"] == "all"
@@ -762,7 +851,15 @@ class MultimodalSequentialDataset(MultimodalDataset, SequentialDataset):
 
         Returns:
             Two arrays of internal ids, of the same length.
+
+        Raises:
+            InputError: If the data come as lists, which do not say what is one interaction.
         """
+        if not isinstance(self.inter_feat, SequenceRows):
+            raise InputError(
+                f"{self.config['model']} learns from whole training histories, but "
+                "benchmark_filename gives lists that are cut already; give .inter"
+            )
         columns = self.inter_feat.source.columns
         rows = torch.sort(self.inter_feat.interactions()).values
         return columns[self.uid_field][rows].numpy(), columns[self.iid_field][rows].numpy()

@@ -47,11 +47,12 @@ import pandas as pd
 import scipy.sparse as sp
 import torch
 from filelock import FileLock, Timeout
+from recbole.utils.enum_type import FeatureType
 from sklearn.feature_extraction.text import TfidfTransformer, TfidfVectorizer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from recbole_mm.data.atomic import read_atomic
+from recbole_mm.data.atomic import read_atomic, read_header
 from recbole_mm.data.decomposition import decompose, unit_rows
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.feature_files import read_features, save_features
@@ -60,7 +61,7 @@ from recbole_mm.errors import EnvironmentFault, InputError, nearest
 
 logger = logging.getLogger(__name__)
 
-DERIVE_VERSION = 1
+DERIVE_VERSION = 2
 """Raise it when a change here changes numbers: every cache file of before is then a miss."""
 
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -84,6 +85,7 @@ class _Source:
     name: str
     folder: Path
     item_id_field: str
+    knowledge_fields: tuple[str, ...]  # entity, head, relation, tail
     field_separator: str
     seq_separator: str
     encoding: str
@@ -99,6 +101,10 @@ class _Source:
             as_text=names,
         )
         return table.frame[list(names)]
+
+    def types(self, path: Path) -> dict[str, FeatureType]:
+        """Types of the columns of an atomic file."""
+        return read_header(path, field_separator=self.field_separator, encoding=self.encoding)
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,7 @@ def resolve_declarations(
     cache_dir: str | Path | None = None,
     progress: bool = True,
     item_id_field: str = "item_id",
+    knowledge_fields: Sequence[str] = ("entity_id", "head_id", "relation_id", "tail_id"),
     field_separator: str = "\t",
     seq_separator: str = " ",
     encoding: str = "utf-8",
@@ -189,6 +196,8 @@ def resolve_declarations(
         cache_dir: Folder of the results; ``None`` for :func:`default_cache_dir`.
         progress: Show a progress bar while computing.
         item_id_field: Name of the id column in ``.item`` and ``.link``.
+        knowledge_fields: Names of the columns entity, in ``.link``, and head, relation and tail, in
+            ``.kg``.
         field_separator: Stands between the columns of an atomic file.
         seq_separator: Stands between the entries of a ``token_seq``.
         encoding: Of the atomic files.
@@ -205,6 +214,7 @@ def resolve_declarations(
         name=dataset_name,
         folder=Path(dataset_path),
         item_id_field=item_id_field,
+        knowledge_fields=tuple(knowledge_fields),
         field_separator=field_separator,
         seq_separator=seq_separator,
         encoding=encoding,
@@ -383,6 +393,7 @@ def _key(job: _Job, digests: Mapping[str, str]) -> str:
         "files": list(digests.values()),
         "format": [
             source.item_id_field,
+            *source.knowledge_fields,
             source.field_separator,
             source.seq_separator,
             source.encoding,
@@ -554,9 +565,10 @@ def _knowledge(job: _Job, announce: _Announce) -> _Derived:
     """
     announce("read")
     item_id, link_file, kg_file = job.source.item_id_field, job.files["link"], job.files["kg"]
-    link = job.source.read(link_file, item_id, "entity_id")
-    triples = job.source.read(kg_file, "head_id", "relation_id", "tail_id")
-    link = link[(link[item_id] != "") & (link["entity_id"] != "")]
+    entity, head, relation, tail = job.source.knowledge_fields
+    link = job.source.read(link_file, item_id, entity)
+    triples = job.source.read(kg_file, head, relation, tail)
+    link = link[(link[item_id] != "") & (link[entity] != "")]
     if is_misnumbered_link(link):
         n_rows, link = len(link), translated_link(link)
         logger.warning(
@@ -570,11 +582,11 @@ def _knowledge(job: _Job, announce: _Announce) -> _Derived:
 
     announce("count facts")
     row, ids = pd.factorize(link[item_id])
-    linked = pd.DataFrame({"row": row, "entity": link["entity_id"]})
+    linked = pd.DataFrame({"row": row, "entity": link[entity]})
     found = []
-    for direction, near, far in (("out", "head_id", "tail_id"), ("in", "tail_id", "head_id")):
+    for direction, near, far in (("out", head, tail), ("in", tail, head)):
         part = linked.merge(triples, left_on="entity", right_on=near)
-        part["fact"] = part["relation_id"] + f"\t{direction}\t" + part[far]
+        part["fact"] = part[relation] + f"\t{direction}\t" + part[far]
         found.append(part[["row", "fact"]])
     facts = pd.concat(found, ignore_index=True)
     # sorted, so that the result does not depend on the order of the triples
@@ -605,10 +617,12 @@ def _categories(job: _Job, announce: _Announce) -> _Derived:
     ids, items = job.read_items(field)
 
     announce("count categories")
-    lists = [
-        [name for name in entry.split(job.source.seq_separator) if name not in ("", "_")]
-        for entry in items[field]
+    # a token is one category, be there a space in it or not
+    is_list = job.source.types(path)[field] is FeatureType.TOKEN_SEQ
+    entries = [
+        entry.split(job.source.seq_separator) if is_list else [entry] for entry in items[field]
     ]
+    lists = [[name for name in entry if name not in ("", "_")] for entry in entries]
     names = sorted({name for entry in lists for name in entry})
     if not names:
         raise InputError(f"{path}: {field} is empty in every row; name another field")

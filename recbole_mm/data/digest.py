@@ -13,7 +13,9 @@ FRESH_NS = 2_000_000_000  # coarser than the time stamps of common file systems
 
 def stamp_of(path: Path) -> tuple[int, int]:
     """Size and last change in ns of a file; summed and latest over a folder and its files."""
-    stats = [path.stat(), *(file.stat() for file in path.glob("*.npy"))]
+    # a link that leads nowhere is refused by the reader, by name
+    files = (file.stat(follow_symlinks=file.exists()) for file in path.glob("*.npy"))
+    stats = [path.stat(), *files]
     return sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
 
 
@@ -25,7 +27,8 @@ def sha256_of(path: Path) -> str:
     if path.is_dir():
         files = sorted(path.glob("*.npy"))
         listing = "".join(f"{sha256_of(file)}  {file.name}\n" for file in files)
-        return hashlib.sha256(listing.encode()).hexdigest()
+        # a name need not be UTF-8
+        return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
     size, changed = stamp_of(path)
     if time.time_ns() - changed < FRESH_NS:  # the next change may bear the same time
         return _sha256(path)

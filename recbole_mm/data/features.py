@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from recbole_mm.data.atomic import RECBOLES_FORMAT, AtomicFormat
 from recbole_mm.data.digest import sha256_of, stamp_of
 from recbole_mm.data.feature_files import (
     TABLE_KINDS,
@@ -281,6 +282,7 @@ def load_features(
     dataset_name: str,
     dataset_path: Path | str,
     min_coverage: float,
+    atomic: AtomicFormat = RECBOLES_FORMAT,
 ) -> FeatureTable:
     """Read the declared feature files and match their rows to the items of a dataset by token.
 
@@ -291,6 +293,7 @@ def load_features(
         dataset_path: Folder of the dataset; relative paths start here and must stay inside.
         min_coverage: Least share of the items, in [0, 1], that must have a vector, for each
             modality whose declaration sets none of its own.
+        atomic: How the atomic files among them are written.
 
     Raises:
         InputError: For whatever is wrong with a declaration or a file; the message names the
@@ -306,7 +309,15 @@ def load_features(
         try:
             declaration = _declaration(name, raw)
             modalities.append(
-                _load(name, declaration, tokens, dataset_name, Path(dataset_path), min_coverage)
+                _load(
+                    name,
+                    declaration,
+                    tokens,
+                    dataset_name,
+                    Path(dataset_path),
+                    min_coverage,
+                    atomic,
+                )
             )
         except InputError as error:
             raise InputError(f"modalities.{name}: {error}") from error
@@ -384,21 +395,23 @@ def _load(
     dataset_name: str,
     folder: Path,
     min_coverage: float,
+    atomic: AtomicFormat,
 ) -> ModalityFeatures:
     source = _locate(declared.path, "path", dataset_name, folder)
     ids = None if declared.ids is None else _locate(declared.ids, "ids", dataset_name, folder)
-    _refuse_idle_keys(declared, kind_of(source))
+    _refuse_idle_keys(declared, kind_of(source, atomic))
     stamp = stamp_of(source)
     file = read_features(
         source,
         dim=declared.dim,
         id_col=declared.id_col if ids is None else None,
         column=declared.column,
+        atomic=atomic,
     )
     kept = str(file.values.dtype).removeprefix("torch.")
     if file.dtype not in (kept, "text"):
         logger.info("%s: %s converted from %s to %s", name, source, file.dtype, kept)
-    rows, unknown, duplicate = _align(file, declared, tokens, source, ids)
+    rows, unknown, duplicate = _align(file, declared, tokens, source, ids, atomic)
 
     present = rows != ABSENT  # (N,)
     rows = rows.clamp(min=0)
@@ -519,7 +532,12 @@ def _check(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 
 def _align(
-    file: FeatureFile, declared: Declaration, tokens: list[str], source: Path, ids: Path | None
+    file: FeatureFile,
+    declared: Declaration,
+    tokens: list[str],
+    source: Path,
+    ids: Path | None,
+    atomic: AtomicFormat,
 ) -> tuple[Tensor, int, int]:
     """Row of each item, ``(N,)`` int64 with ``ABSENT``; counts of unknown and duplicate tokens."""
     n_rows = len(file.values)
@@ -531,7 +549,7 @@ def _align(
     if ids is None:
         return _align_by_number(n_rows, declared, tokens, source)
 
-    file_tokens, file_rows = read_ids(ids, id_col=declared.id_col)
+    file_tokens, file_rows = read_ids(ids, id_col=declared.id_col, atomic=atomic)
     if declared.index == "recbole_internal":
         if file_rows is None:
             raise InputError(

@@ -156,7 +156,7 @@ def item_tokens(
     encoding: str = "utf-8",
     benchmark: Sequence[str] = (),
 ) -> list[str]:
-    """Items of a data set: those of ``.item`` if there is one, else those of ``.inter``.
+    """Items of a data set: those of ``.inter``, and of ``.item`` if there is one.
 
     Args:
         folder: Of the atomic files.
@@ -169,11 +169,9 @@ def item_tokens(
     Raises:
         InputError: If a file cannot be read, or names no item.
     """
-    files = [folder / f"{name}.item"]
-    if not files[0].is_file():
-        files = [folder / f"{name}.{part}.inter" for part in benchmark] or [
-            folder / f"{name}.inter"
-        ]
+    files = [folder / f"{name}.{part}.inter" for part in benchmark] or [folder / f"{name}.inter"]
+    if (folder / f"{name}.item").is_file():
+        files = [folder / f"{name}.item", *files]
     tokens: dict[str, None] = {}
     for file in files:
         table = read_atomic(

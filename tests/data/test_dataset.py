@@ -80,8 +80,6 @@ SPLITS = [
     {"LS": "test_only"},
     {"RS": [0.6, 0.2, 0.2]},
 ]
-if hasattr(recbole_dataset.Dataset, "time_based_split"):  # RecBole 1.2.1
-    SPLITS.append({"TS": [0.6, 0.2, 0.2]})
 FULL = {
     "load_col": {
         "inter": ["user_id", "item_id", "timestamp", "words", "rating"],
@@ -133,8 +131,6 @@ def rich_and_long(make):
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("numerical", [[], ["timestamp", "price"]])
 def test_sequential_batches_equal_recboles(rich, split, group_by, numerical):
-    if "TS" in split and numerical:
-        pytest.skip("RecBole's time_based_split fails when the time is an embedded feature")
     keys = {
         **FULL,
         "eval_args": {"split": split, "order": "TO", "group_by": group_by, "mode": "full"},
@@ -703,6 +699,58 @@ def test_general_and_sequential_models_hold_out_the_same(make, seed, mode):
         assert pairs(mine) == pairs(theirs)
 
 
+# split by time
+
+by_time = pytest.mark.skipif(
+    not hasattr(recbole_dataset.Dataset, "time_based_split"), reason="since RecBole 1.2.1"
+)
+
+
+def expected_parts(rows, shares):
+    """(user, item) of each part: later than a moment is test, before it the last are validation."""
+    boundary = np.percentile([time for _, _, time in rows], 100 * (1 - shares[2]))
+    parts = [], [], []
+    for user in {user for user, _, _ in rows}:
+        history = sorted((row for row in rows if row[0] == user), key=lambda row: row[2])
+        early = [row for row in history if row[2] <= boundary]
+        n_train = int(len(early) * shares[0] / (1 - shares[2]))
+        for place, (_, item, time) in enumerate(history):
+            part = 0 if place < max(n_train, 1) else 2 if time > boundary else 1
+            parts[part].append((user, item))
+    return [sorted(part) for part in parts]
+
+
+@by_time
+@settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 2**16), step=st.sampled_from([1, 100_000]))
+def test_a_split_by_time_is_exact_and_the_same_for_all_models(make, seed, step):
+    """Unix seconds, one second or a day apart: float32 holds a step of 128 s at most."""
+    rng = np.random.default_rng(seed)
+    times = 1_600_000_000 + step * rng.permutation(60)
+    rows = [(f"u{rng.integers(8)}", f"i{rng.integers(9)}", int(time)) for time in times]
+    split = {"split": {"TS": [0.5, 0.25, 0.25]}, "order": "TO", "mode": "full"}
+    config = make(inter=(INTER, rows))
+    general = create_dataset(config("BPR", eval_args=split)).build()
+    sequential = create_dataset(config("SASRec", eval_args=split)).build()
+    train, valid, test = expected_parts(rows, (0.5, 0.25, 0.25))
+    assert [pairs(part) for part in general] == [train, valid, test]
+    assert [pairs(part) for part in sequential[1:]] == [valid, test]
+
+
+@by_time
+@pytest.mark.parametrize(
+    ("model", "order", "message"),
+    [("BPR", "RO", "needs order: TO"), ("DIEN", "TO", "split TS is not possible for DIEN")],
+)
+def test_a_split_by_time_that_cannot_be_exact_is_refused(make, model, order, message):
+    split = {"split": {"TS": [0.5, 0.25, 0.25]}, "order": order, "mode": "full"}
+    config = make(inter=(INTER, interactions()))
+    with pytest.raises(InputError, match=message):
+        create_dataset(config(model, eval_args=split)).build()
+
+
 @pytest.mark.parametrize("model", ["SASRec", "BPR"])
 def test_short_histories_are_trained_on_first_and_tested_next(make, model):
     rows = [(f"u{n}", f"i{t}", t) for n in range(1, 6) for t in range(n)]
@@ -921,6 +969,51 @@ def test_an_item_of_a_ready_made_list_is_known(make):
 def test_ready_made_lists_have_no_whole_history(make, key, value):
     with pytest.raises(InputError, match=f"{key}.*benchmark_filename"):
         create_dataset(benchmark(make)(**BENCHMARK, **{key: value}))
+
+
+def test_ready_made_lists_and_targets_share_their_ids_without_a_word(make):
+    values = {**BENCHMARK, "alias_of_item_id": None}
+    dataset = create_dataset(benchmark(make)(**values))
+    tokens = dataset.field2id_token
+    assert tokens["item_id"] is tokens["item_id_list"]
+    assert dataset.report.items == 5
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("\ti1 i2\ti3", r"toy.valid.inter, interaction 2: user_id is empty"),
+        ("a\ti1 i2\t", r"toy.valid.inter, interaction 2: item_id is empty"),
+        ("a\t\ti3", r"toy.valid.inter, interaction 2: item_id_list is empty"),
+    ],
+)
+def test_an_empty_id_in_a_ready_made_part_is_refused(make, row, message):
+    header = "user_id:token\titem_id_list:token_seq\titem_id:token\n"
+    config = benchmark(make)
+    make(valid_inter=f"{header}a\ti1 i2\ti4\n{row}\n")
+    with pytest.raises(InputError, match=message):
+        create_dataset(config(**BENCHMARK))
+
+
+def test_ready_made_parts_of_a_sequential_model_need_lists(make):
+    header, rows = "user_id:token item_id:token", [("a", "i1"), ("b", "i2")]
+    config = make(**{f"{part}_inter": (header, rows) for part in ("train", "valid", "test")})
+    values = {**BENCHMARK, "alias_of_item_id": None}
+    with pytest.raises(InputError, match="no column 'item_id_list'"):
+        create_dataset(config(**values))
+    assert create_dataset(config("BPR", **values)).report.items == 2
+
+
+def test_ready_made_lists_are_no_training_histories(make):
+    train, *_ = create_dataset(benchmark(make)(**BENCHMARK)).build()
+    with pytest.raises(InputError, match="whole training histories, but benchmark_filename"):
+        train.training_interactions()
+
+
+def test_an_id_is_a_token(make):
+    header = INTER.replace("user_id:token", "user_id:float")
+    with pytest.raises(InputError, match="write user_id:token"):
+        create_dataset(make(inter=(header, [(1, "i1", 2)]))())
 
 
 def test_missing_ready_made_list_is_refused(make):

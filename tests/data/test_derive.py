@@ -340,6 +340,29 @@ def test_a_category_counts_once_for_an_item(world):
     assert found["a"] == pytest.approx(found["b"])
 
 
+def test_a_token_is_one_category_and_a_list_has_several(world):
+    rows = "a\tHome Decor\nb\tHome Audio\n"
+    for kind, names in (("token", 2), ("token_seq", 3)):
+        (world.folder / "toy.item").write_text(f"item_id:token\tshelf:{kind}\n{rows}")
+        found = world({"derive": "categories", "field": "shelf"})
+        assert {len(vector) for vector in found.values()} == {names}
+
+
+def test_the_columns_of_a_knowledge_graph_may_have_other_names(world):
+    before = world({"derive": "knowledge", "dim": 2})
+    names = {"entity_id": "e", "head_id": "h", "relation_id": "r", "tail_id": "t"}
+    for suffix in ("kg", "link"):
+        file = world.folder / f"toy.{suffix}"
+        header, rows = file.read_text().split("\n", 1)
+        for old, new in names.items():
+            header = header.replace(old, new)
+        file.write_text(f"{header}\n{rows}")
+    after = world({"derive": "knowledge", "dim": 2}, knowledge_fields=list(names.values()))
+    assert {item: vector.tolist() for item, vector in after.items()} == {
+        item: vector.tolist() for item, vector in before.items()
+    }
+
+
 def test_more_categories_than_dim_are_decomposed(world):
     path = world.path({**GENRES, "dim": 2})
     assert {len(vector) for vector in vectors(path).values()} == {2}

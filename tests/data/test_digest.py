@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from recbole_mm.data.digest import sha256_of
+from recbole_mm.data.digest import sha256_of, stamp_of
 
 
 def write_folder(path):
@@ -39,3 +39,11 @@ def test_hash_of_a_folder_follows_names_and_content(tmp_path):
     assert sha256_of(tmp_path / "a") == sha256_of(tmp_path / "b")
     (tmp_path / "b" / "7.npy").rename(tmp_path / "b" / "8.npy")
     assert sha256_of(tmp_path / "a") != sha256_of(tmp_path / "b")
+
+
+def test_odd_names_and_links_that_lead_nowhere_are_left_to_the_reader(tmp_path):
+    write_folder(tmp_path / "a")
+    (tmp_path / "a" / os.fsdecode(b"\xff.npy")).write_bytes(b"1")
+    assert len(sha256_of(tmp_path / "a")) == 64
+    (tmp_path / "a" / "gone.npy").symlink_to(tmp_path / "nowhere")
+    assert stamp_of(tmp_path / "a")[0] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from recbole_mm.data.atomic import AtomicFormat
 from recbole_mm.data.feature_files import (
     kind_of,
     read_features,
@@ -659,6 +662,49 @@ def test_canonical_file_without_rows_is_no_matrix(tmp_path):
     safetensors.torch.save_file({"features": torch.zeros(0, 3)}, tmp_path / "f.safetensors")
     with pytest.raises(InputError, match=r"shape \(0, 3\); a feature matrix is \(rows, width\)"):
         read_features(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize("header", [",item_id,f0", "Unnamed: 0,item_id,f0", ",itemID,f0"])
+def test_row_numbers_of_pandas_are_no_feature_and_no_ids(tmp_path, header):
+    (tmp_path / "f.csv").write_text(f"{header}\n0,3,0.5\n1,7,0.25\n")
+    with pytest.raises(InputError, match="row numbers that pandas writes"):
+        read_features(tmp_path / "f.csv")
+    with pytest.raises(InputError, match="row numbers that pandas writes"):
+        read_ids(tmp_path / "f.csv") if "item_id" not in header else read_features(
+            tmp_path / "f.csv"
+        )
+    named = header.split(",")[1]
+    file = read_features(tmp_path / "f.csv", id_col=named, column="f0")
+    assert (file.tokens, file.values.tolist()) == (["3", "7"], [[0.5], [0.25]])
+
+
+def test_the_index_column_of_pandas_parquet_is_no_feature(tmp_path):
+    table = pd.DataFrame({"item_id": ["a", "b"], "f0": [1.0, 2.0]}, index=[5, 3])
+    table.to_parquet(tmp_path / "f.parquet")
+    file = read_features(tmp_path / "f.parquet")
+    assert (file.tokens, file.values.tolist()) == (["a", "b"], [[1.0], [2.0]])
+    table.drop(columns="item_id").to_parquet(tmp_path / "g.parquet")
+    file = read_features(tmp_path / "g.parquet", id_col="__index_level_0__")
+    assert (file.tokens, file.values.tolist()) == (["5", "3"], [[1.0], [2.0]])
+
+
+def test_a_csv_cell_may_be_longer_than_pythons_limit(tmp_path):
+    numbers = np.random.default_rng(0).random(8192)
+    assert len(str(numbers.tolist())) > csv.field_size_limit()
+    (tmp_path / "f.csv").write_text(f'item_id,vector\na,"{numbers.tolist()}"\n')
+    before = csv.field_size_limit()
+    assert read_features(tmp_path / "f.csv").values.shape == (1, 8192)
+    assert csv.field_size_limit() == before
+
+
+def test_atomic_files_are_read_in_the_format_of_the_data_set(tmp_path):
+    commas = AtomicFormat(field_separator=",", seq_separator="|", encoding="latin-1")
+    text = "item_id:token,vector:float_seq\né,0.5|1|2\nb,\nc,3|4|5\n"
+    (tmp_path / "d.emb").write_bytes(text.encode("latin-1"))
+    assert kind_of(tmp_path / "d.emb", commas) == "atomic"
+    file = read_features(tmp_path / "d.emb", atomic=commas)
+    assert (file.tokens, file.values.tolist()) == (["é", "c"], [[0.5, 1, 2], [3, 4, 5]])
+    assert read_ids(tmp_path / "d.emb", atomic=commas) == (["é", "b", "c"], None)
 
 
 @pytest.mark.parametrize(

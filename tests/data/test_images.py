@@ -292,11 +292,11 @@ def test_a_folder_that_cannot_be_written_is_named(folder, monkeypatch):
 # ---------------------------------------------------------------------- the items
 
 
-def test_items_come_from_item_or_else_from_inter(tmp_path):
+def test_items_come_from_item_and_from_inter(tmp_path):
     (tmp_path / "x.inter").write_text("user_id:token\titem_id:token\nu\tb\nu\tNA\nv\tb\n")
     assert item_tokens(tmp_path, "x") == ["b", "NA"]
     (tmp_path / "x.item").write_text("item_id:token\nc\nb\n")
-    assert item_tokens(tmp_path, "x") == ["c", "b"]
+    assert item_tokens(tmp_path, "x") == ["c", "b", "NA"]
 
 
 # ---------------------------------------------------------------------- networks, random weights

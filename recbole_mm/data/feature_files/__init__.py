@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from recbole_mm.data.atomic import read_header
+from recbole_mm.data.atomic import RECBOLES_FORMAT, AtomicFormat, read_header
 from recbole_mm.data.feature_files.arrays import (
     read_folder,
     read_headerless,
@@ -39,8 +39,10 @@ HEADERLESS = re.compile(r"\.feat\d+CLS")
 TABLE_KINDS = ("parquet", "csv", "atomic")  # formats with named columns
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: Path, atomic: AtomicFormat = RECBOLES_FORMAT) -> str:
     """Format of a feature file, by its name (a folder is one ``.npy`` for each item).
+
+    Any other name is that of an atomic file, if it has a header as ``atomic`` says.
 
     Raises:
         InputError: If there is no such file, or its name belongs to no format, or to pickle.
@@ -64,7 +66,7 @@ def kind_of(path: Path) -> str:
             "save the matrix with numpy.save"
         )
     try:
-        read_header(path)
+        read_header(path, field_separator=atomic.field_separator, encoding=atomic.encoding)
     except InputError as error:
         raise InputError(
             f"{path}: unknown feature format {suffix!r}; use .safetensors, .npz, .npy, .pt, "
@@ -75,7 +77,12 @@ def kind_of(path: Path) -> str:
 
 
 def read_features(
-    path: Path, *, dim: int | None = None, id_col: str | None = None, column: str | None = None
+    path: Path,
+    *,
+    dim: int | None = None,
+    id_col: str | None = None,
+    column: str | None = None,
+    atomic: AtomicFormat = RECBOLES_FORMAT,
 ) -> FeatureFile:
     """Read a feature file of any known format.
 
@@ -84,18 +91,23 @@ def read_features(
         dim: Width F; needed for the headerless ``.feat<N>CLS``, checked for all others.
         id_col: Column of the item tokens in a table; default ``item_id``, else the first.
         column: Column of the vectors in a table that has several.
+        atomic: How an atomic file is written.
 
     Raises:
         InputError: If the file is damaged, holds Python objects, is ragged, empty or of
             another width than ``dim``; the message names the file and the line or row.
         EnvironmentFault: If a package is missing or the machine refuses to read.
     """
-    kind = kind_of(path)
+    kind = kind_of(path, atomic)
     if kind == "headerless":
         return read_headerless(path, dim)
     if kind in TABLE_KINDS:
-        tables = {"parquet": read_parquet, "csv": read_csv, "atomic": read_atomic_file}
-        file = tables[kind](path, id_col, column)
+        tables = {"parquet": read_parquet, "csv": read_csv}
+        file = (
+            read_atomic_file(path, id_col, column, atomic)
+            if kind == "atomic"
+            else tables[kind](path, id_col, column)
+        )
     else:
         matrices = {
             "safetensors": read_safetensors,

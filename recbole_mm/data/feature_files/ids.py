@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
-from recbole_mm.data.atomic import read_atomic, read_header
+from recbole_mm.data.atomic import RECBOLES_FORMAT, AtomicFormat, read_atomic, read_header
 from recbole_mm.data.feature_files.common import as_tokens, neighbours, reading
 from recbole_mm.data.feature_files.tables import column_position, csv_table
 from recbole_mm.errors import InputError
@@ -13,7 +14,9 @@ from recbole_mm.errors import InputError
 ROW_COLUMNS = ("row", "row_index")
 
 
-def read_ids(path: Path, *, id_col: str | None = None) -> tuple[list[str], list[int] | None]:
+def read_ids(
+    path: Path, *, id_col: str | None = None, atomic: AtomicFormat = RECBOLES_FORMAT
+) -> tuple[list[str], list[int] | None]:
     """Item tokens of a matrix that stands in another file.
 
     ============================  ===================================================
@@ -51,9 +54,12 @@ def read_ids(path: Path, *, id_col: str | None = None) -> tuple[list[str], list[
         return _item2index(path)
     if suffix in (".csv", ".tsv"):
         return _csv_ids(path, id_col)
-    names = list(read_header(path))
+    names = list(
+        read_header(path, field_separator=atomic.field_separator, encoding=atomic.encoding)
+    )
     name = names[column_position(path, names, id_col)]
-    return read_atomic(path, columns=[name], as_text=[name]).frame[name].tolist(), None
+    table = read_atomic(path, columns=[name], as_text=[name], **asdict(atomic))
+    return table.frame[name].tolist(), None
 
 
 def _json_ids(path: Path) -> tuple[list[str], list[int] | None]:

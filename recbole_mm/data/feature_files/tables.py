@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from recbole.utils.enum_type import FeatureType
 
-from recbole_mm.data.atomic import read_header
+from recbole_mm.data.atomic import AtomicFormat, read_header
 from recbole_mm.data.feature_files.common import FeatureFile, as_matrix, as_tokens, reading
 from recbole_mm.errors import EnvironmentFault, InputError, nearest
 
@@ -23,7 +24,9 @@ def read_csv(path: Path, id_col: str | None, column: str | None) -> FeatureFile:
     _, header = next(table)
     at = column_position(path, header, id_col)
     chosen = [place for place in range(len(header)) if place != at]
-    if column is not None:
+    if column is None:
+        _refuse_index_columns(path, header)
+    else:
         chosen = [column_position(path, header, column, "column")]
     if not chosen:
         raise InputError(f"{path}: only the column {header[at]!r}; there are no numbers")
@@ -36,12 +39,16 @@ def read_csv(path: Path, id_col: str | None, column: str | None) -> FeatureFile:
     return rows.file()
 
 
-def read_atomic_file(path: Path, id_col: str | None, column: str | None) -> FeatureFile:
+def read_atomic_file(
+    path: Path, id_col: str | None, column: str | None, atomic: AtomicFormat
+) -> FeatureFile:
     """RecBole's side file; an empty ``float_seq`` is an item without a vector.
 
     Read line by line: the text of the numbers takes more room than the numbers.
     """
-    header = read_header(path)
+    separator, encoding = atomic.field_separator, atomic.encoding
+    within = None if atomic.seq_separator.isspace() else atomic.seq_separator  # None: any space
+    header = read_header(path, field_separator=separator, encoding=encoding)
     sequences = [name for name, kind in header.items() if kind is FeatureType.FLOAT_SEQ]
     if column is None and len(sequences) == 1:
         column = sequences[0]
@@ -53,10 +60,11 @@ def read_atomic_file(path: Path, id_col: str | None, column: str | None) -> Feat
     names = list(header)
     at, vector_at = column_position(path, names, id_col), names.index(column)
     rows = _TextRows(path)
-    with reading(path, "text"), path.open(encoding="utf-8-sig", newline="\n") as stream:
+    encoding = "utf-8-sig" if encoding.lower().replace("_", "-") == "utf-8" else encoding
+    with reading(path, "text"), path.open(encoding=encoding, newline="\n") as stream:
         next(stream)
         for line, text in enumerate(stream, start=2):
-            cells = text.rstrip("\r\n").split("\t")
+            cells = text.rstrip("\r\n").split(separator)
             if cells == [""]:
                 continue
             if len(cells) != len(names):
@@ -64,7 +72,7 @@ def read_atomic_file(path: Path, id_col: str | None, column: str | None) -> Feat
                     f"{path}, line {line}: {len(cells)} columns, the header has {len(names)}; "
                     "mend the line"
                 )
-            rows.add(cells[at], cells[vector_at].split(), line)
+            rows.add(cells[at], cells[vector_at].split(within) if cells[vector_at] else [], line)
     return rows.file()
 
 
@@ -80,7 +88,11 @@ def read_parquet(path: Path, id_col: str | None, column: str | None) -> FeatureF
         ) from error
 
     with reading(path, "parquet"), pq.ParquetFile(path) as file:
-        names, types = file.schema_arrow.names, file.schema_arrow.types
+        schema = file.schema_arrow
+        kept = [i for i, name in enumerate(schema.names) if name == id_col or not _is_index(name)]
+        if not kept:
+            raise InputError(f"{path}: no column but row numbers; write ids and vectors")
+        names, types = [schema.names[i] for i in kept], [schema.types[i] for i in kept]
         id_name = names[column_position(path, names, id_col)]
         list_types = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
         is_list = {
@@ -97,7 +109,7 @@ def read_parquet(path: Path, id_col: str | None, column: str | None) -> FeatureF
         if not chosen:
             raise InputError(f"{path}: only the column {id_name!r}; there are no numbers")
         for name in chosen:
-            kind = file.schema_arrow.field(name).type
+            kind = schema.field(name).type
             kind = kind.value_type if is_list[name] else kind
             if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
                 raise InputError(
@@ -185,7 +197,10 @@ def column_position(
 ) -> int:
     """Place of a column; without a wish, of ``item_id``, else the first."""
     if wanted is None:
-        return columns.index("item_id") if "item_id" in columns else 0
+        if "item_id" in columns:
+            return columns.index("item_id")
+        _refuse_index_columns(path, columns[:1])
+        return 0
     if wanted not in columns:
         shown = ", ".join(map(repr, columns[:8])) + (", ..." if len(columns) > 8 else "")
         raise InputError(
@@ -194,9 +209,26 @@ def column_position(
     return columns.index(wanted)
 
 
+def _is_index(column: str) -> bool:
+    """Whether pandas has written row numbers under this name."""
+    return column == "" or column.startswith(("Unnamed: ", "__index_level_"))
+
+
+def _refuse_index_columns(path: Path, columns: Sequence[str]) -> None:
+    for column in filter(_is_index, columns):
+        raise InputError(
+            f"{path}: the column {column!r} looks like the row numbers that pandas writes; write "
+            "the file with index=False, or name the columns, `id_col` and `column`"
+        )
+
+
 def csv_table(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The rows of :func:`_csv_rows`, header first; every row has as many cells as the header."""
-    with reading(path, "csv"), path.open(encoding="utf-8-sig", newline="") as stream:
+    with (
+        reading(path, "csv"),
+        _long_cells(),
+        path.open(encoding="utf-8-sig", newline="") as stream,
+    ):
         n_columns = None
         for line, cells in _csv_rows(stream):
             n_columns = n_columns or len(cells)
@@ -208,6 +240,16 @@ def csv_table(path: Path) -> Iterator[tuple[int, list[str]]]:
             yield line, cells
         if n_columns is None:
             raise InputError(f"{path}: empty; give a file with a header and a row for each item")
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    """Let a cell be longer than 128 KiB, which a list of 8,192 numbers is."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _csv_rows(stream: TextIO) -> Iterator[tuple[int, list[str]]]:
