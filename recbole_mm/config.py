@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -17,6 +18,8 @@ from recbole_mm import compat, config_rules, distributed
 from recbole_mm.data.download import published
 from recbole_mm.errors import InputError, RecboleMMError, nearest
 from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model
+
+_LOG = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
 
@@ -114,6 +117,8 @@ class Config(RecBoleConfig):
         config_file_list: YAML files, later ones stronger; a mapping stands for a file's contents.
         config_dict: Values by key.
         command_line: Arguments of the form ``--key=value``.
+        shared: The command line serves several models; no warning of keys in it that belong to
+            others than this one, as with files and ``config_dict``.
 
     Raises:
         InputError: On anything above, naming key, value, source and mend.
@@ -126,9 +131,12 @@ class Config(RecBoleConfig):
         config_file_list: Sequence[str | Path | Mapping[str, Any]] | None = None,
         config_dict: Mapping[str, Any] | None = None,
         command_line: Sequence[str] = (),
+        *,
+        shared: bool = False,
     ) -> None:
         compat.check_versions()
         self._command_line = list(command_line)
+        self._shared = shared
         try:
             super().__init__(model, dataset, config_file_list, config_dict)
         except RecboleMMError:
@@ -232,7 +240,11 @@ class Config(RecBoleConfig):
             for key, given in values.items():
                 if key not in known:
                     config_rules.check_known(key, source, known | _other_models_keys())
-                    continue  # a key of another model, in a file that several models share
+                    if source == "the command line" and not self._shared:
+                        _LOG.warning(
+                            "--%s is a key of other models: %s ignores it", key, self.model
+                        )
+                    continue  # a key of another model, where several models share their values
                 default = self.internal_config_dict.get(key)
                 value = given
                 if isinstance(given, str) and source != "a config file":
@@ -240,6 +252,9 @@ class Config(RecBoleConfig):
                 config_rules.check_type(
                     key, value, default, source, lenient_int=key in self._recbole_model_keys
                 )
+                if key == "eval_args" and value is not None:
+                    config_rules.check_eval_args(value, source)
+                    value = {**(final[key] or {}), **value}  # RecBole's would be a random split
                 final[key] = value
                 if key == "modalities":
                     if isinstance(value, Mapping):
@@ -318,8 +333,10 @@ class Config(RecBoleConfig):
     def resolved(self) -> dict[str, Any]:
         """All values as plain data, ready for YAML or JSON, and for :meth:`reopened`."""
         values = {key: _plain(value) for key, value in sorted(self.final_config_dict.items())}
-        # it must be found from another working directory too
-        return {**values, "data_path": str(Path(values["data_path"]).resolve())}
+        # it must be found from another working directory too, and under the name of the data set,
+        # be that a link to a folder of another name
+        folder = Path(values["data_path"])
+        return {**values, "data_path": str(folder.parent.resolve() / folder.name)}
 
     @classmethod
     def reopened(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from recbole.evaluator.register import metric_types
+from recbole.evaluator.register import metric_types, metrics_dict
 
 from recbole_mm.errors import InputError, nearest
 
@@ -39,6 +39,15 @@ _FLEXIBLE: dict[str, tuple[type, ...]] = {
     "load_col": (dict, type(None)),
     "train_neg_sample_args": (dict, type(None)),
     "additional_feat_suffix": (list, tuple, str),
+    "benchmark_filename": (list, tuple, type(None)),
+    "category_field": (str, type(None)),
+    "threshold": (dict, type(None)),
+    "unload_col": (dict, type(None)),
+    "val_interval": (dict, type(None)),
+    **{
+        f"alias_of_{name}_id": (list, tuple, type(None))
+        for name in ("user", "item", "entity", "relation")
+    },
 }
 
 _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
@@ -54,6 +63,17 @@ def check_known(key: str, source: str, known: Iterable[str]) -> None:
         )
     if key not in known:
         raise InputError(f"unknown key {key!r} in {source}{nearest(key, known)}")
+
+
+def check_eval_args(value: Mapping[str, Any], source: str) -> None:
+    """Refuse a key of ``eval_args`` that RecBole does not read."""
+    known = ("split", "order", "group_by", "mode")
+    for key in value:
+        if key not in known:
+            raise InputError(
+                f"eval_args: unknown key {key!r} in {source}{nearest(str(key), known)}; "
+                f"known: {', '.join(known)}"
+            )
 
 
 def check_type(key: str, value: Any, default: Any, source: str, *, lenient_int: bool) -> None:
@@ -98,6 +118,7 @@ def check_type(key: str, value: Any, default: Any, source: str, *, lenient_int: 
 def check_values(config: Mapping[str, Any], *, model: type) -> None:
     """Refuse values that would fail, or be ignored, somewhere inside a run."""
     _check_ranges(config)
+    _check_data(config)
     _check_metrics(config)
     _check_training(config, model)
     for option in ("save_dataset", "save_dataloaders"):
@@ -138,6 +159,70 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
         raise InputError(f"on_bad_time must be 'error' or 'drop', got {config['on_bad_time']!r}")
 
 
+# what these keys say when they filter nothing
+_NO_FILTER = {
+    "user_inter_num_interval": (None, "[0,inf)"),
+    "item_inter_num_interval": (None, "[0,inf)"),
+    "val_interval": (None, {}),
+    "rm_dup_inter": (None,),
+}
+
+
+def _check_data(config: Mapping[str, Any]) -> None:
+    if config.get("rm_dup_inter") not in (None, "first", "last"):
+        raise InputError(
+            f"rm_dup_inter must be 'first', 'last' or None, got {config['rm_dup_inter']!r}"
+        )
+    parts = config.get("benchmark_filename")
+    if parts is None:
+        _check_split(config["eval_args"] or {})
+        return
+    if len(parts) != 3 or not all(isinstance(part, str) for part in parts):
+        raise InputError(
+            f"benchmark_filename must name three parts, for example [train, valid, test], "
+            f"got {parts!r}"
+        )
+    for key, idle in _NO_FILTER.items():
+        if config.get(key) not in idle:
+            raise InputError(
+                f"{key}: {config[key]!r} has no effect on a data set that comes split "
+                "(benchmark_filename); filter its files, and remove the key"
+            )
+
+
+def _check_split(eval_args: Mapping[str, Any]) -> None:
+    """What RecBole would refuse in the middle of a run, or without a test row."""
+    if eval_args.get("order") not in ("TO", "RO"):
+        raise InputError(f"eval_args: order must be TO or RO, got {eval_args.get('order')!r}")
+    if eval_args.get("group_by") not in (None, "user", "none", "None"):
+        raise InputError(
+            f"eval_args: group_by must be user or none, got {eval_args.get('group_by')!r}"
+        )
+    split = eval_args.get("split")
+    if not isinstance(split, Mapping) or len(split) != 1:
+        raise InputError(f"eval_args: split must be one of RS, LS and TS, got {split!r}")
+    ((kind, how),) = split.items()
+    if kind == "LS":
+        known = ("valid_and_test", "test_only")
+        if how not in known:
+            reason = "has no test part, which a run scores" if how == "valid_only" else "is unknown"
+            raise InputError(f"eval_args: split LS: {how!r} {reason}; use {' or '.join(known)}")
+        return
+    if kind not in ("RS", "TS"):
+        raise InputError(f"eval_args: split must be one of RS, LS and TS, got {split!r}")
+    is_list = isinstance(how, (list, tuple)) and len(how) == 3
+    if not is_list or not all(_is_number(share) and share >= 0 for share in how):
+        raise InputError(
+            f"eval_args: split {kind} takes three shares, for example [0.8, 0.1, 0.1], got {how!r}"
+        )
+    if how[0] <= 0 or how[2] <= 0:
+        raise InputError(f"eval_args: split {kind}: {how!r} leaves no row to train on, or to test")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _check_metrics(config: Mapping[str, Any]) -> None:
     metrics = config["metrics"]
     metrics = [metrics] if isinstance(metrics, str) else list(metrics)
@@ -153,17 +238,35 @@ def _check_metrics(config: Mapping[str, Any]) -> None:
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise InputError(f"topk must hold positive integers, got {k!r}")
 
+    if not topk:
+        raise InputError("topk must hold at least one positive integer, got []")
     name, _, cut = str(config["valid_metric"]).partition("@")
     if name.lower() not in {metric.lower() for metric in metrics}:
         raise InputError(
             f"valid_metric {config['valid_metric']!r} is not among metrics {metrics}: "
             f"add {name!r} to metrics or choose one of them"
         )
+    if not cut and _has_cuts(name):
+        raise InputError(
+            f"valid_metric {config['valid_metric']!r} has a value for each of topk {topk}: "
+            f"write for example {name}@{topk[-1]}"
+        )
+    if cut and not _has_cuts(name):
+        raise InputError(
+            f"valid_metric {config['valid_metric']!r}: {name} has one value, write {name}"
+        )
     if cut and (not cut.isdigit() or int(cut) not in topk):
         raise InputError(
             f"valid_metric {config['valid_metric']!r} is outside topk {topk}: "
             f"add {cut} to topk or use for example {name}@{topk[-1]}"
         )
+
+
+def _has_cuts(metric: str) -> bool:
+    """Whether a metric of RecBole has a value for each k."""
+    lists = ("rec.topk", "rec.items")  # what such metrics are computed from
+    needs = metrics_dict[metric.lower()].metric_need
+    return any(need in lists for need in needs)
 
 
 def _check_number_type(config: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -123,6 +124,29 @@ def _memory_mends(config: Config) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def _recboles_refusals(config: Config) -> Iterator[None]:
+    """Say as bad input what RecBole's data sets refuse with an exception of Python.
+
+    An exception that our own code raises is a fault of ours and keeps its traceback.
+    """
+    try:
+        yield
+    except RecboleMMError:
+        raise
+    except (AssertionError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        modules = [
+            frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)
+        ]
+        known = [name for name in modules if name.startswith(("recbole.", "recbole_mm."))]
+        if not known[-1].startswith("recbole."):
+            raise
+        raise InputError(
+            f"{config['dataset']}: RecBole refuses the data or a key that concerns them "
+            f"({type(error).__name__}: {error}); check load_col and the keys that name columns"
+        ) from error
+
+
 def _check_processes(config: Config, nproc: int) -> str:
     """Refuse what several processes cannot do; the type of their device."""
     if nproc < 1:
@@ -228,7 +252,8 @@ class _Made(NamedTuple):
 
 def _make(config: Config) -> _Made:
     init_seed(config["seed"], config["reproducibility"])
-    dataset = create_dataset(config)
+    with _recboles_refusals(config):
+        dataset = create_dataset(config)
     _check_topk(config, dataset.item_num - 1)
     _check_label(config, dataset)
     if distributed.n_processes() > 1 and set(config["eval_args"]["mode"].values()) == {"full"}:
@@ -236,7 +261,8 @@ def _make(config: Config) -> _Made:
         share = math.ceil(dataset.user_num / distributed.n_processes())
         config["eval_batch_size"] = min(config["eval_batch_size"], share)
     config["eval_batch_size"] *= _eval_batch_unit(config, dataset.item_num)
-    loaders = data_preparation(config, dataset)
+    with _recboles_refusals(config):
+        loaders = data_preparation(config, dataset)
     rules = protocol.describe(config, tuple(loader._dataset for loader in loaders))
     if not rules.test_users:
         raise InputError(
@@ -443,7 +469,7 @@ def _check_label(config: Config, dataset: Any) -> None:
         raise InputError(
             f"{config['model']} learns from labels, but the interactions of {config['dataset']} "
             f"have no column {label!r} (LABEL_FIELD): make it of another one, for example "
-            "threshold: {rating: 4}, or draw negatives, "
+            "threshold: {rating: 4} with rating in load_col.inter, or draw negatives, "
             "train_neg_sample_args: {distribution: uniform, sample_num: 1}"
         )
 

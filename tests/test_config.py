@@ -1,5 +1,6 @@
 """Precedence, safety and refusals of the configuration (reliability.md, cases 1, 28, 31, 32)."""
 
+import shutil
 from typing import ClassVar
 
 import numpy as np
@@ -8,7 +9,7 @@ import yaml
 from recbole.model.sequential_recommender import SASRec
 
 import recbole_mm
-from recbole_mm.config import Config, parse_value
+from recbole_mm.config import DATASETS, Config, parse_value, reusable
 from recbole_mm.errors import InputError
 from recbole_mm.models.mufasa import MUFASA
 
@@ -144,6 +145,74 @@ def test_values_with_an_equals_sign_survive():
 )
 def test_bad_values_are_refused_before_any_data_is_read(key, value, match):
     refused(match, values={key: value})
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        ("--valid_metric=NDCG", "for each of topk .*: write for example NDCG@20"),
+        ("--topk=[]", "topk must hold at least one"),
+        ("--eval_args={splt: {LS: valid_and_test}}", "unknown key 'splt'.*did you mean 'split'"),
+        ("--eval_args={group_by: users}", "group_by must be user or none, got 'users'"),
+        ("--eval_args={order: XO}", "order must be TO or RO"),
+        ("--eval_args={split: {RT: [8, 1, 1]}}", "split must be one of RS, LS and TS"),
+        ("--eval_args={split: {RS: [8, 2]}}", "RS takes three shares"),
+        ("--eval_args={split: {RS: [8, 2, 0]}}", "leaves no row to train on, or to test"),
+        ("--eval_args={split: {LS: valid_only}}", "'valid_only' has no test part"),
+        ("--benchmark_filename=[train, test]", "must name three parts"),
+        ("--benchmark_filename=train", "benchmark_filename must be of type list"),
+        ("--rm_dup_inter=frist", "rm_dup_inter must be 'first', 'last' or None"),
+        ("--alias_of_item_id=item_id_list", "alias_of_item_id must be of type list"),
+    ],
+)
+def test_what_recbole_would_trip_over_is_refused(line, match):
+    refused(match, model="BPR", line=[line])
+
+
+def test_a_category_field_is_one_column():
+    refused("category_field must be of type str", values={"category_field": ["kind"]})
+
+
+@pytest.mark.parametrize("metric", ["AUC", "GAUC", "LogLoss"])
+def test_a_metric_without_cuts_needs_none(metric):
+    mode = "uni5" if metric == "GAUC" else "labeled"
+    values = {"metrics": [metric], "valid_metric": metric, "eval_args": {"mode": mode}}
+    assert config("BPR", values=values)["valid_metric"] == metric
+    refused(
+        f"{metric} has one value", model="BPR", values={**values, "valid_metric": f"{metric}@10"}
+    )
+
+
+def test_filters_have_no_place_beside_a_data_set_that_comes_split():
+    values = {"benchmark_filename": ["a", "b", "c"], "user_inter_num_interval": "[5,inf)"}
+    refused("user_inter_num_interval: .* has no effect", values=values)
+
+
+def test_a_part_of_eval_args_leaves_the_rest_as_it_is(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("eval_args: {mode: uni5}\n")
+    split = {"LS": "test_only"}
+    made = config("BPR", files=[file], values={"eval_args": {"split": split}})["eval_args"]
+    assert (made["split"], made["order"], made["group_by"]) == (split, "TO", "user")
+    assert made["mode"] == {"valid": "uni5", "test": "uni5"}
+
+
+def test_a_linked_data_set_is_found_again_under_its_name(tmp_path):
+    """Where the link leads to, another folder may have the name of the data set."""
+    shutil.copytree(DATASETS / "tiny", tmp_path / "store" / "tiny_v2")
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "tiny").symlink_to(tmp_path / "store" / "tiny_v2")
+    made = config(values={"data_path": str(tmp_path / "sets")})
+    again = config(None, None, [reusable(made.resolved())])
+    assert again["data_path"] == str(tmp_path / "sets" / "tiny")
+
+
+def test_keys_of_other_models_on_the_command_line_are_told(caplog):
+    config("SASRec", line=["--knn_k=7"])
+    assert "--knn_k is a key of other models: SASRec ignores it" in caplog.text
+    caplog.clear()
+    Config("SASRec", "tiny", None, None, ["--knn_k=7"], shared=True)
+    assert not caplog.text
 
 
 def test_a_key_of_another_model_may_stand_in_a_shared_file(tmp_path):

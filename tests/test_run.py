@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import recbole_mm
+from recbole_mm.data.dataset import MultimodalDataset
 from recbole_mm.errors import EnvironmentFault, InputError, NumericalError, OutOfMemory
 from recbole_mm.evaluation import per_user
 from recbole_mm.protocol import Protocol, assert_comparable
@@ -158,9 +159,33 @@ def test_pretraining_can_freeze_the_fusion_layer():
 def test_a_context_aware_model_asks_for_labels_and_runs_with_drawn_ones():
     with pytest.raises(InputError, match="FM learns from labels, but the interactions of tiny"):
         run("FM")
+    with pytest.raises(InputError, match=r"RecBole refuses the data or a key.*rating"):
+        run("FM", threshold={"rating": 4})
     drawn = {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}}
     result = run("FM", **drawn)
     assert_comparable(protocol(result), protocol(run("BPR")))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"val_interval": {"rating": "[3,5]"}},
+        {"val_interval": {"item_id": "i1"}},
+        {"normalize_field": ["rating"]},
+        {"numerical_features": ["rating"]},
+        {"unload_col": {"inter": ["timestamp"]}},
+    ],
+    ids=str,
+)
+def test_what_recboles_data_sets_raise_is_bad_input(values):
+    with pytest.raises(InputError):
+        run("BPR", **values)
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(MultimodalDataset, "_count", lambda self: {}["a slip"])
+    with pytest.raises(KeyError, match="a slip"):
+        run("BPR")
 
 
 def test_a_package_that_a_model_needs_is_named(monkeypatch):

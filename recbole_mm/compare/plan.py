@@ -141,7 +141,11 @@ def plan(
                     continue
                 for number, cell in enumerate(_cells(variant, config, seeds)):
                     by_seed.setdefault(number, []).append(cell)
-    return [cell for number in sorted(by_seed) for cell in by_seed[number]]
+    cells = [cell for number in sorted(by_seed) for cell in by_seed[number]]
+    for key in map(_key, command_line):
+        if not any(key in cell.values for cell in cells):
+            raise InputError(f"command line: --{key}: no row of the table reads it; leave it out")
+    return cells
 
 
 def _cells(row: Row, config: Config, seeds: Sequence[int] | int) -> Iterator[Cell]:
@@ -179,7 +183,7 @@ class _Common:
         values = {**self.config_dict, **row.values, **_FIXED}
         for_all = [argument for argument in self.command_line if _key(argument) not in row.values]
         try:
-            return Config(row.model, self.dataset, files, values, for_all)
+            return Config(row.model, self.dataset, files, values, for_all, shared=True)
         except InputError as error:
             raise InputError(f"{row.label} on {self.dataset}: {error}") from error
 

@@ -140,6 +140,7 @@ def test_a_shipped_data_set_is_found_beside_those_of_data_path(tmp_path):
         (["SASRec"], {"command_line": ["--checkpoint_dir=x"]}, "use --out"),
         (["SASRec"], {"tuned": "no/such/folder"}, "is no folder"),
         (["SASRec"], {"command_line": ["--epoch=3"]}, "did you mean 'epochs'"),
+        (["SASRec"], {"command_line": ["--knn_k=3"]}, "--knn_k: no row of the table reads it"),
     ],
 )
 def test_a_wrong_name_key_or_value_is_refused_before_anything_runs(models, options, message):
