@@ -281,6 +281,7 @@ class Config(RecBoleConfig):
         sequential = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
         if "repeatable" not in self.external_config_dict:
             final["repeatable"] = sequential
+        config_rules.check_modes(final)
         if (
             sequential
             and final.get("loss_type") == "CE"

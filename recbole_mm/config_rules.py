@@ -6,10 +6,12 @@ it was set and the mend, and none reads data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from recbole.evaluator.register import metric_types, metrics_dict
+from recbole.utils import EvaluatorType
 
 from recbole_mm.errors import InputError, nearest
 
@@ -129,6 +131,9 @@ def check_values(config: Mapping[str, Any], *, model: type) -> None:
             )
 
 
+_LEVELS = ("debug", "info", "warning", "error", "critical")
+
+
 def _check_ranges(config: Mapping[str, Any]) -> None:
     lowest = {
         "train_batch_size": 1,
@@ -140,12 +145,29 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
         "worker": 0,
         "metric_decimal_place": 1,
         "MAX_ITEM_LIST_LENGTH": 1,
+        "seed": 0,
+        "weight_decay": 0,
+        **dict.fromkeys(("hidden_size", "inner_size", "embedding_size", "loss_memory_mb"), 1),
+        "n_negatives": 0,
+        "mfl_batch_items": 1,
+        "mfl_pretrain_epochs": 0,
     }
     for key, low in lowest.items():
-        if config.get(key) is not None and config[key] < low:
+        if _is_number(config.get(key)) and not config[key] >= low:
             raise InputError(f"{key} must be at least {low}, got {config[key]!r}")
-    if config["learning_rate"] <= 0:
-        raise InputError(f"learning_rate must be positive, got {config['learning_rate']!r}")
+    if config["seed"] >= 2**32:
+        raise InputError(f"seed must be below 2 ** 32, got {config['seed']!r}")
+    for key in ("learning_rate", "initializer_range"):
+        if _is_number(config.get(key)) and not 0 < config[key] < math.inf:
+            raise InputError(f"{key} must be positive, got {config[key]!r}")
+    if _is_number(config.get("gbce_t")) and not 0 <= config["gbce_t"] <= 1:
+        raise InputError(f"gbce_t must lie in [0, 1], got {config['gbce_t']!r}")
+    if str(config["state"]).lower() not in _LEVELS:
+        raise InputError(
+            f"state must be a level of logging, {', '.join(_LEVELS)}, got {config['state']!r}"
+        )
+    if not config["checkpoint_dir"]:
+        raise InputError("checkpoint_dir must name a folder, got nothing; '.' is the present one")
     if not 0 <= config["min_coverage"] <= 1:
         raise InputError(f"min_coverage must lie in [0, 1], got {config['min_coverage']!r}")
     for key, value in config.items():
@@ -269,6 +291,26 @@ def _has_cuts(metric: str) -> bool:
     return any(need in lists for need in needs)
 
 
+def check_modes(config: Mapping[str, Any]) -> None:
+    """Refuse evaluation modes in which metrics or ``mask_history`` would not do what they say."""
+    modes = (config["eval_args"] or {}).get("mode")
+    modes = list(modes.values()) if isinstance(modes, Mapping) else [modes]
+    drawn = [mode for mode in modes if str(mode).startswith(("uni", "pop"))]
+    if drawn and config["mask_history"] and config["repeatable"]:
+        raise InputError(
+            f"mask_history: True has no effect on the candidates that mode {drawn[0]} draws for "
+            "this model; rank the whole catalogue, eval_args: {mode: full}, or leave it out"
+        )
+    metrics = config["metrics"]
+    if "labeled" in modes and any(
+        metric_types[metric.lower()] is EvaluatorType.RANKING for metric in metrics
+    ):
+        raise InputError(
+            f"eval_args: mode labeled has no ranking, which metrics {metrics} need; use mode full, "
+            "or metrics of labels such as AUC and LogLoss"
+        )
+
+
 def _check_number_type(config: Mapping[str, Any]) -> None:
     if config["amp_dtype"] not in ("bfloat16", "float16"):
         raise InputError(f"amp_dtype must be 'bfloat16' or 'float16', got {config['amp_dtype']!r}")
@@ -279,6 +321,38 @@ def _check_number_type(config: Mapping[str, Any]) -> None:
         )
 
 
+_ACTIVATIONS = ("gelu", "relu", "swish", "tanh", "sigmoid")  # of RecBole's Transformers
+
+
+def _check_keys(config: Mapping[str, Any], key: str, known: tuple[str, ...]) -> None:
+    """Refuse a key that a mapping of the configuration does not have."""
+    value = config.get(key)
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise InputError(f"{key} must be a mapping with {', '.join(known)}, got {value!r}")
+    for name in value:
+        if name not in known:
+            raise InputError(
+                f"{key}: unknown key {name!r}{nearest(str(name), known)}; known: {', '.join(known)}"
+            )
+
+
+def _check_ours(config: Mapping[str, Any], model: type) -> None:
+    """What the models of this package, whose loss is a softmax over the catalogue, cannot do."""
+    if not hasattr(model, "offered_objectives"):
+        return
+    name = model.__name__
+    negatives = config.get("train_neg_sample_args") or {}
+    if negatives.get("distribution", "none") != "none":
+        raise InputError(
+            f"train_neg_sample_args: {name} would take the drawn items for targets; leave it out, "
+            "and set n_negatives for a loss on sampled negatives"
+        )
+    if str(config["learner"]).lower() == "sparse_adam":
+        raise InputError(f"learner: sparse_adam needs sparse gradients, which {name} does not have")
+
+
 def _check_training(config: Mapping[str, Any], model: type) -> None:
     _check_number_type(config)
     learner = str(config["learner"])
@@ -287,6 +361,19 @@ def _check_training(config: Mapping[str, Any], model: type) -> None:
             f"learner: unknown optimizer {learner!r}{nearest(learner, OPTIMIZERS)} "
             f"known: {', '.join(OPTIMIZERS)}"
         )
+    _check_keys(
+        config, "clip_grad_norm", ("max_norm", "norm_type", "error_if_nonfinite", "foreach")
+    )
+    drawn = ("distribution", "sample_num", "alpha", "dynamic", "candidate_num")
+    _check_keys(config, "train_neg_sample_args", drawn)
+    negatives = config.get("train_neg_sample_args") or {}
+    if negatives.get("distribution", "uniform") != "none" and negatives.get("sample_num", 1) < 1:
+        raise InputError(f"train_neg_sample_args: sample_num must be at least 1, got {negatives!r}")
+    if config.get("hidden_act", "gelu") not in _ACTIVATIONS:
+        raise InputError(
+            f"hidden_act: {config['hidden_act']!r} is unknown; use one of {', '.join(_ACTIVATIONS)}"
+        )
+    _check_ours(config, model)
     heads = config.get("n_heads")
     for width in ("hidden_size", "embedding_size"):
         size = config.get(width)

@@ -421,6 +421,12 @@ class Collector(RecBoleCollector):
         ranked = scores_tensor
         n_targets = torch.bincount(ranked.rows, minlength=ranked.users.size(0))
         if self.register.need("rec.items"):
+            if (ranked.topk == 0).any():
+                raise InputError(
+                    f"topk {self.topk}: a user has fewer candidates than {max(self.topk)}, and the "
+                    "metrics of coverage, popularity and diversity would count the empty places; "
+                    "lower topk or leave these metrics out"
+                )
             self.data_struct.update_tensor("rec.items", ranked.topk)
         if self.register.need("rec.topk"):
             hits = torch.cat((ranked.hits.long(), n_targets[:, None]), 1)

@@ -26,7 +26,8 @@ class Protocol:
         split: RecBole's split, such as ``{"LS": "valid_and_test"}``.
         order: ``TO`` (by exact time) or ``RO``.
         mode: RecBole's evaluation mode of valid and test, ``full`` for the whole catalogue.
-        mask_history: Whether items of a user's past leave the ranking.
+        mask_history: Whether items of a user's past are no candidates. Of drawn candidates the
+            model decides: RecBole draws the past for sequential models and not for general ones.
         metrics: Names.
         topk: Cut-offs.
         valid_metric: What selects the epoch, on validation.
@@ -115,7 +116,7 @@ def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protoco
         mode=modes["test"]
         if modes["valid"] == modes["test"]
         else f"{modes['valid']}/{modes['test']}",
-        mask_history=config["mask_history"],
+        mask_history=_is_history_masked(config),
         metrics=tuple(config["metrics"]),
         topk=tuple(config["topk"]),
         valid_metric=config["valid_metric"],
@@ -128,6 +129,12 @@ def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protoco
         valid_users=valid_users,
         test_users=test_users,
     )
+
+
+def _is_history_masked(config: Config) -> bool:
+    modes = config["eval_args"]["mode"].values()
+    drawn = any(mode.startswith(("uni", "pop")) for mode in modes)
+    return not config["repeatable"] if drawn else bool(config["mask_history"])
 
 
 def _split_text(config: Config) -> str:

@@ -486,7 +486,9 @@ class MUFASATrainer(Trainer):
     """
 
     model: MUFASA
-    # of TrainerMixin, which comes before this class
+    # of TrainerMixin and TrainingLoop, between which this class stands
+    amp_dtype: torch.dtype
+    _apply_gradient: Callable[..., None]
     _resumed: Checkpoint | None
     _save_state: Callable[..., None]
     _restore_optimizer: Callable[..., None]
@@ -532,17 +534,18 @@ class MUFASATrainer(Trainer):
         sums: dict[str, float] = {}
         batches = self.model.catalogue_batches()
         for number, items in enumerate(batches, 1):
+            where = f"pre-training epoch {epoch}, batch {number}"
             optimizer.zero_grad()
-            terms = self.model.fusion_terms(items)
+            with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.enable_amp):
+                terms = self.model.fusion_terms(items)
             total = torch.stack(list(terms.values())).sum()
             if not torch.isfinite(total):
                 raise NumericalError(
-                    f"pre-training epoch {epoch}, batch {number}: fusion losses are "
+                    f"{where}: fusion losses are "
                     f"{ {k: v.item() for k, v in terms.items()} }; lower learning_rate"
                 )
             if total.requires_grad:
-                total.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                self._apply_gradient(total, optimizer, where)
             for name, value in terms.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
         means = ", ".join(f"{k} {v / len(batches):.4f}" for k, v in sums.items())

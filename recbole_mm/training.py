@@ -125,21 +125,50 @@ class TrainingLoop(Trainer):
             terms = self._losses(self._shared(self._fast(loss_of)), interaction)
         weight = self._weight(interaction)
         self._note(terms, weight, interaction, where)
-        self.scaler.scale(sum(terms) * weight).backward()
-        self.scaler.unscale_(self.optimizer)
+
+        def refuse(bad: list[str]) -> None:
+            torch.set_rng_state(random_state)
+            self._refuse_gradient(bad, loss_of, interaction, where)
+
+        features = functools.partial(self._features_of, interaction)
+        self._apply_gradient(sum(terms) * weight, self.optimizer, where, refuse, features)
+
+    def _apply_gradient(
+        self,
+        loss: Any,
+        optimizer: torch.optim.Optimizer,
+        where: str,
+        refuse: Callable[[list[str]], None] | None = None,
+        features: Callable[[], str] = str,
+    ) -> None:
+        """A step of the optimizer: scaled, checked and clipped as the configuration says.
+
+        Args:
+            loss: Scalar.
+            optimizer: Whose parameters the step changes.
+            where: Epoch and batch, for messages.
+            refuse: Raises, given the parameters whose gradient is not finite.
+            features: What to say of the features of the batch.
+        """
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(optimizer)
         if not self.scaler.is_enabled():  # the scaler leaves out steps that are not finite
             bad = self._not_finite()
+            if bad and refuse is not None:
+                refuse(bad)
             if bad:
-                torch.set_rng_state(random_state)
-                self._refuse_gradient(bad, loss_of, interaction, where)
+                raise NumericalError(
+                    f"{where}: the gradient is not finite at {', '.join(bad[:3])}; "
+                    "lower learning_rate or set clip_grad_norm"
+                )
         if self.clip_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), **self.clip_grad_norm)
-        self.scaler.step(self.optimizer)
+        self.scaler.step(optimizer)
         self.scaler.update()
         if self.scaler.is_enabled() and self.scaler.get_scale() < _SMALLEST_SCALE:
             raise NumericalError(
                 f"{where}: gradients are not finite in float16 however little the loss is scaled"
-                f"{self._features_of(interaction)}; set amp_dtype: bfloat16 or lower learning_rate"
+                f"{features()}; set amp_dtype: bfloat16 or lower learning_rate"
             )
 
     def _fast(self, loss_of: Callable[[Interaction], Any]) -> Callable[[Interaction], Any]:

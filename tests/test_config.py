@@ -163,10 +163,52 @@ def test_bad_values_are_refused_before_any_data_is_read(key, value, match):
         ("--benchmark_filename=train", "benchmark_filename must be of type list"),
         ("--rm_dup_inter=frist", "rm_dup_inter must be 'first', 'last' or None"),
         ("--alias_of_item_id=item_id_list", "alias_of_item_id must be of type list"),
+        ("--seed=-1", "seed must be at least 0"),
+        ("--seed=5000000000", "seed must be below"),
+        ("--weight_decay=-0.5", "weight_decay must be at least 0"),
+        ("--learning_rate=.nan", "learning_rate must be positive, got nan"),
+        ("--embedding_size=0", "embedding_size must be at least 1"),
+        ("--clip_grad_norm={max_nrm: 5}", "clip_grad_norm: unknown key 'max_nrm'.*'max_norm'"),
+        ("--clip_grad_norm=5", "clip_grad_norm must be a mapping"),
+        ("--train_neg_sample_args={sampel_num: 1}", "unknown key 'sampel_num'.*'sample_num'"),
+        (
+            "--train_neg_sample_args={distribution: uniform, sample_num: 0}",
+            "sample_num must be at least 1",
+        ),
+        ("--state=verbose", "state must be a level of logging"),
+        ("--checkpoint_dir=", "checkpoint_dir must name a folder"),
+        ("--eval_args={mode: labeled}", "mode labeled has no ranking"),
     ],
 )
 def test_what_recbole_would_trip_over_is_refused(line, match):
     refused(match, model="BPR", line=[line])
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"mfl_batch_items": 0}, "mfl_batch_items must be at least 1"),
+        ({"mfl_pretrain_epochs": -1}, "mfl_pretrain_epochs must be at least 0"),
+        ({"loss_memory_mb": 0}, "loss_memory_mb must be at least 1"),
+        ({"gbce_t": 2.0}, r"gbce_t must lie in \[0, 1\]"),
+        ({"inner_size": 0}, "inner_size must be at least 1"),
+        ({"hidden_size": -64}, "hidden_size must be at least 1"),
+        ({"initializer_range": -1.0}, "initializer_range must be positive"),
+        ({"hidden_act": "gulu"}, "hidden_act: 'gulu' is unknown"),
+        ({"learner": "sparse_adam"}, "sparse_adam needs sparse gradients"),
+        (
+            {"train_neg_sample_args": {"distribution": "uniform", "sample_num": 1}},
+            "MUFASA would take the drawn items for targets",
+        ),
+        (
+            {"mask_history": True, "eval_args": {"mode": "uni100"}},
+            "no effect on the candidates that mode uni100 draws",
+        ),
+    ],
+    ids=str,
+)
+def test_what_our_models_would_trip_over_is_refused(values, match):
+    refused(match, values=values)
 
 
 def test_a_category_field_is_one_column():

@@ -217,6 +217,8 @@ def test_a_row_with_fewer_candidates_than_k_lists_nothing_twice_and_nothing_mask
     assert sorted(made.topk[0].tolist()) == [0, 0, 0, 6, 7]
     assert made.hits[0].sum() == 1
     assert len(set(made.topk[1].tolist())) == 5
+    with pytest.raises(InputError, match=r"topk \[5\]: a user has fewer candidates than 5"):
+        Collector(config).eval_batch_collect(made, *batch[:1], None, None)
 
 
 # ------------------------------------------------------------------ models

@@ -60,6 +60,15 @@ def test_history_masking_means_the_same_for_sequential_and_general_models():
         assert_comparable(protocol(open_), protocol(masked))
 
 
+def test_runs_whose_drawn_candidates_differ_are_not_compared():
+    """RecBole draws a user's past for sequential models and never for general ones."""
+    drawn = {"eval_args": {"mode": "uni20"}}
+    sequential, general = run("SASRecFast", **drawn), run("BPR", **drawn)
+    assert [protocol(r).mask_history for r in (sequential, general)] == [False, True]
+    with pytest.raises(InputError, match="mask_history"):
+        assert_comparable(protocol(sequential), protocol(general))
+
+
 def test_masked_items_leave_the_ranking_of_a_sequential_model(build_trainer):
     trainer, world = build_trainer("SASRecFast", mask_history=True)
     batch = next(iter(world.test))

@@ -109,6 +109,34 @@ def test_a_pretraining_loss_that_is_not_finite_names_its_terms_and_batch(build_t
         trainer.fit(world.train)
 
 
+def test_pretraining_clips_and_takes_the_number_type_of_the_rest(build_trainer):
+    values = {"mfl_pretrain_epochs": 2, "enable_amp": True, "learning_rate": 1.0, "learner": "sgd"}
+    trainer, world = build_trainer("MUFASA", **values)
+    trainer.clip_grad_norm = {"max_norm": 1e-6}
+    fusion, seen = world.model.fusion.forward, set()
+
+    def noted(*arguments):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return fusion(*arguments)
+
+    world.model.fusion.forward = noted
+    before = copy.deepcopy(world.model.state_dict())
+    trainer._pretrain()
+    after = world.model.state_dict()
+    largest = max(float((after[name] - before[name]).abs().max()) for name in before)
+    n_steps = 2 * len(world.model.catalogue_batches())
+    assert 0 < largest <= n_steps * 1e-6
+    assert seen == {True}
+
+
+def test_a_pretraining_gradient_that_is_not_finite_names_its_parameters(build_trainer):
+    trainer, world = build_trainer("MUFASA", mfl_pretrain_epochs=1)
+    terms, weight = world.model.fusion_terms, next(world.model.fusion.parameters())
+    world.model.fusion_terms = lambda items: {**terms(items), "more": (weight * 0).sqrt().sum()}
+    with pytest.raises(NumericalError, match="pre-training epoch 0, batch 1: the gradient is not"):
+        trainer.fit(world.train)
+
+
 def test_a_large_gradient_is_no_error(build_trainer):
     """The squares of its numbers overflow, the numbers do not."""
     trainer, world = build_trainer("SASRecFast")

@@ -66,7 +66,7 @@ class FrozenFeatures(nn.Module):
         self.register_buffer("values", values, persistent=False)
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("present", present, persistent=False)
-        self.register_buffer("_like", torch.empty(0, dtype=torch.float32), persistent=False)
+        self.register_buffer("_like", torch.empty(0), persistent=False)
 
     @property
     def width(self) -> int:

@@ -201,12 +201,16 @@ class MultimodalSequentialRecommender(SequentialRecommender):
     def scoring_table(self) -> Tensor:
         """:meth:`item_table`, computed once for an evaluation pass.
 
-        Kept only in evaluation mode without gradients, and only as long as no parameter changes.
+        Kept only in evaluation mode without gradients, and only as long as no parameter and no
+        buffer changes in a way that autograd counts (writing to ``.data`` is none; ``train()`` and
+        ``eval()`` drop the table).
         """
         if self.training or torch.is_grad_enabled():
             return self.item_table()
         state = tuple(
-            version for p in self.parameters() for version in (p.data_ptr(), p._version, p.dtype)
+            version
+            for p in (*self.parameters(), *self.buffers())
+            for version in (p.data_ptr(), p._version, p.dtype)
         )
         if self._scoring_table is None or self._scoring_table[0] != state:
             self._scoring_table = (state, self.item_table())

@@ -155,6 +155,13 @@ class MUFASA(MultimodalSequentialRecommender):
             "categories", None if categories is None else categories.multi_hot, persistent=False
         )
         self.apply(self._init_weights)
+        # what stands in a history for an item without id and content; layer norm has no gradient
+        # to speak of at the zero vector that such an item has as a candidate
+        self.unknown = (
+            None
+            if self.use_id or not names
+            else nn.Parameter(torch.randn(hidden_size) * self.initializer_range)
+        )
 
     # ------------------------------------------------------------------ items
 
@@ -178,6 +185,9 @@ class MUFASA(MultimodalSequentialRecommender):
     # ------------------------------------------------------------------ users
 
     def _inputs(self, item_seq: Tensor, items: Tensor) -> Tensor:
+        if self.unknown is not None:
+            is_blank = (items == 0).all(-1, keepdim=True)
+            items = torch.where(is_blank, self.unknown, items)
         x = F.embedding(item_seq, items)  # (B, L, D); items[...] sums its gradient in any order
         if self.position_embedding is not None:
             x = x + self.position_embedding.weight[: item_seq.size(1)]

@@ -49,6 +49,31 @@ def evaluation_batch(world):
 
 
 @every_model
+def test_a_changed_buffer_renews_the_scoring_table(name, build):
+    world = build(name)
+    batch = evaluation_batch(world)
+    with torch.no_grad():
+        world.model.full_sort_predict(batch)
+        for buffer in world.model.buffers():
+            if buffer.is_floating_point() and buffer.numel():
+                buffer.mul_(3)
+        kept = world.model.full_sort_predict(batch)
+        fresh = world.model.train().eval().full_sort_predict(batch)
+    assert torch.equal(kept, fresh)
+
+
+@every_model
+def test_trains_in_the_number_type_of_torch(name, build):
+    torch.set_default_dtype(torch.float64)
+    try:
+        world = build(name)
+        losses = world.model.calculate_loss(batch_of(world))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {loss.dtype for loss in losses} == {torch.float64}
+
+
+@every_model
 def test_reads_exactly_its_properties_file(name, build):
     world = build(name)
     config = Recording(world.config)
