@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from recbole_mm.compare.significance import compare, corrected, holm
 
@@ -37,6 +38,18 @@ def test_users_are_averaged_over_seeds_first():
     once = of([[2.0, 3.0, 4.0]], [[0.0, 1.0, 0.0]])
     assert twice.t == pytest.approx(once.t)
     assert twice.users == 3
+
+
+def test_equal_differences_of_means_over_seeds_share_a_rank():
+    """1 - 2/3 and 1/3 - 0 differ in the last digit; hits of three seeds are thirds."""
+    generator = np.random.default_rng(0)
+    hits, of_reference = generator.integers(2, size=(2, 3, 400))
+    result = of(hits, of_reference)
+    thirds = hits.sum(0) - of_reference.sum(0)  # exact
+    assert result.wilcoxon == pytest.approx(stats.wilcoxon(thirds[thirds != 0]).pvalue, rel=1e-9)
+    ranks = stats.rankdata(abs(thirds[thirds != 0]))
+    favour = ranks[thirds[thirds != 0] > 0].sum() / ranks.sum()
+    assert result.rank_biserial == pytest.approx(2 * favour - 1)
 
 
 def test_welch_over_seeds_is_computed_by_hand():
