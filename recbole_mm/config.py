@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from recbole.config import Config as RecBoleConfig
 from recbole.utils import ModelType, argument_list
 
 from recbole_mm import compat, config_rules, distributed
+from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
 from recbole_mm.errors import InputError, RecboleMMError, nearest
 from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model
@@ -370,6 +372,23 @@ def reusable(resolved: Mapping[str, Any]) -> dict[str, Any]:
     if (values.get("train_neg_sample_args") or {}).get("distribution") == "none":
         values["train_neg_sample_args"] = None
     return values
+
+
+def reads_features(config: RecBoleConfig) -> bool:
+    """Whether the model of a configuration reads features."""
+    return bool(getattr(config.model_class, "consumes_features", False))
+
+
+def digest_of_data(config: Config) -> str:
+    """Hash of the contents of the atomic files and, for a model that reads them, of features."""
+    folder, dataset = Path(config["data_path"]), config["dataset"]
+    files = {path for path in folder.glob(f"{dataset}.*") if path.is_file()}
+    for declared in config["modalities"].values() if reads_features(config) else ():
+        names = [str(declared[key]) for key in ("path", "ids") if key in declared]
+        paths = [folder / name.replace("{dataset}", dataset) for name in names]
+        files |= {path for path in paths if path.exists()}  # the run says what is missing
+    lines = sorted(f"{path.name} {sha256_of(path)}" for path in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

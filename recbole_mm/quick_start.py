@@ -22,7 +22,7 @@ from recbole.utils import ModelType, init_seed
 
 from recbole_mm import compat, distributed, explain, protocol, serving
 from recbole_mm.checkpoint import Checkpoint, load_weights
-from recbole_mm.config import Config
+from recbole_mm.config import Config, reads_features
 from recbole_mm.data.dataset import create_dataset
 from recbole_mm.errors import EnvironmentFault, InputError, OutOfMemory, RecboleMMError
 from recbole_mm.run_folder import RunFolder, environment
@@ -479,7 +479,7 @@ def _data_summary(config: Config, dataset: Any) -> dict[str, Any]:
     report = dataset.report
     lines = list(report.lines())
     features: list[dict[str, Any]] = []
-    if getattr(config.model_class, "consumes_features", False):
+    if reads_features(config):
         for modality in dataset.item_features.reports:
             features.append(modality.as_dict())
             lines.append(modality.line())
@@ -543,6 +543,8 @@ def _check_data(folder: Path, made: _Made) -> None:
     """What the weights belong to must be what the data are now, field by field."""
     saved = _identity(*(_read_json(folder / f"{n}.json") for n in ("protocol", "ids", "data")))
     now = _identity(made.rules.as_dict(), _ids(made.dataset), made.data)
+    if not saved["order of the histories"]:  # written by a version that did not note it
+        now["order of the histories"] = saved["order of the histories"]
     differing = [
         key if isinstance(now.get(key), list) else f"{key} ({saved.get(key)} then, {now.get(key)})"
         for key in dict.fromkeys([*saved, *now])
@@ -558,7 +560,7 @@ def _check_data(folder: Path, made: _Made) -> None:
 def _identity(
     rules: Mapping[str, Any], ids: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fingerprints of items, interactions and feature files, and the order of the ids."""
+    """Fingerprints of interactions, histories and feature files, and the order of the ids."""
     prints = {key: rules.get(key) for key in ("items", "train", "valid", "test")}
     files = {
         f"{modality['name']} {key}": modality[key]
@@ -566,6 +568,7 @@ def _identity(
         for key in ("sha256", "ids_sha256")
         if key in modality
     }
+    prints["order of the histories"] = data["interactions"].get("histories")
     return {**prints, **{f"order of {field}": tokens for field, tokens in ids.items()}, **files}
 
 

@@ -240,6 +240,33 @@ def test_changed_data_are_refused(cut, tmp_path):
         recbole_mm.run(resume=cut, config_dict={"data_path": str(data.parent)})
 
 
+def test_histories_in_another_order_are_refused(cut, tmp_path):
+    """The same pairs in every part of the split, so that only the order tells."""
+    data = shutil.copytree(DATASETS / "tiny", tmp_path / "data" / "tiny")
+    file = data / "tiny.inter"
+    header, *lines = file.read_text().splitlines()
+    rows = [line.split("\t") for line in lines]
+    at = header.split("\t").index("timestamp:float")
+    by_user = {}
+    for row in rows:
+        by_user.setdefault(row[0], []).append(row)
+    for history in by_user.values():
+        history.sort(key=lambda row: float(row[at]))
+        times = [row[at] for row in history[:-2]]
+        for row, earlier in zip(history[:-2], reversed(times), strict=True):
+            row[at] = earlier
+    file.write_text("\n".join([header, *("\t".join(row) for row in rows)]) + "\n")
+    with pytest.raises(InputError, match=r"have changed since this run: order of the histories \("):
+        recbole_mm.run(resume=cut, config_dict={"data_path": str(data.parent)})
+
+
+def test_a_run_of_a_version_that_did_not_note_the_order_goes_on(cut):
+    data = json.loads((cut / "data.json").read_text())
+    del data["interactions"]["histories"]
+    (cut / "data.json").write_text(json.dumps(data))
+    assert recbole_mm.run(resume=cut)["epochs"] > 0
+
+
 def test_a_folder_without_a_checkpoint_is_refused(cut):
     (cut / "last.safetensors").unlink()
     with pytest.raises(InputError, match=r"has no last\.safetensors"):

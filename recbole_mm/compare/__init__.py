@@ -10,11 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from recbole_mm.compare import missing
 from recbole_mm.compare.cells import Outcome, execute
 from recbole_mm.compare.plan import Cell, plan
 from recbole_mm.compare.report import render
-from recbole_mm.compare.tables import Table, protocol_of, tabulate
-from recbole_mm.compare.write import write_all
+from recbole_mm.compare.tables import Table, protocol_of, shown, tabulate
+from recbole_mm.compare.write import write_all, write_page
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.protocol import assert_comparable
 
@@ -67,8 +68,8 @@ def compare(
         A table for each data set; the files are listed in :mod:`recbole_mm.compare.write`.
 
     Raises:
-        InputError: A name, key or value is wrong, the runs do not share a protocol, or none of a
-            data set is finished.
+        InputError: A name, key or value is wrong; or, after the files of all other data sets are
+            written, the runs of one do not share a protocol or none of them is finished.
         EnvironmentFault: ``out`` is in use or cannot be written, or pyarrow is missing.
     """
     if importlib.util.find_spec("pyarrow") is None:
@@ -90,6 +91,10 @@ def compare(
         variants=variants,
         modality_ablation=modality_ablation,
     )
+    for cell in cells:  # before anything is trained for a table that cannot be made
+        values = cell.values
+        shown(values["metrics"], values["topk"], values["valid_metric"], show)
+    missing.check(missing_modality or {}, cells)
     folder = Path(out).resolve()
     with _Progress(cells) as progress:
         outcomes = execute(
@@ -101,8 +106,12 @@ def compare(
             notify=progress.note,
             tick=progress.show_running,
         )
-    tables = tabulate(outcomes, show)
-    write_all(tables, outcomes, render(tables), folder)
+    tables, errors = tabulate(outcomes, show)
+    write_all(tables, outcomes, folder)
+    if tables:
+        write_page(render(tables), folder)  # last: a chart cannot lose the tables
+    if errors:
+        raise InputError("; ".join(map(str, errors)))
     return tables
 
 

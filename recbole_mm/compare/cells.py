@@ -212,7 +212,7 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     _end_with_parent()
     folder = out / "cells" / cell.folder
-    if (folder / ERROR).is_file():
+    if (folder / ERROR).is_file() and not (folder / RECORD).is_file():
         shutil.rmtree(folder)  # it starts anew
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.log").open("a") as log:
@@ -238,10 +238,10 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
 
     folder = out / "cells" / cell.folder
     started, cpu = time.perf_counter(), time.process_time()
-    result, earlier = _start_or_continue(cell, folder)
+    result, earlier_wall, earlier_cpu = _start_or_continue(cell, folder)
     cost = {
-        "wall_seconds": round(time.perf_counter() - started, 2),
-        "cpu_seconds": round(time.process_time() - cpu + earlier, 2),
+        "wall_seconds": round(time.perf_counter() - started + earlier_wall, 2),
+        "cpu_seconds": round(time.process_time() - cpu + earlier_cpu, 2),
         "peak_memory_mb": peak_memory_mb(),
         "threads": threads,
     }
@@ -266,11 +266,11 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
     }
 
 
-def _start_or_continue(cell: Cell, folder: Path) -> tuple[dict[str, Any], float]:
+def _start_or_continue(cell: Cell, folder: Path) -> tuple[dict[str, Any], float, float]:
     """The result of the cell's run; one that was killed goes on, if this is the same version.
 
     Returns:
-        The result, and the CPU seconds of the epochs before this process.
+        The result, and the wall and CPU seconds of the epochs before this process.
     """
     from recbole_mm.quick_start import run
 
@@ -278,20 +278,25 @@ def _start_or_continue(cell: Cell, folder: Path) -> tuple[dict[str, Any], float]
         made = json.loads((state.parent / "environment.json").read_text(encoding="utf-8"))
         if made["packages"]["recbole_mm"] == __version__:
             try:
-                earlier = _cpu_seconds(state.parent / "metrics.jsonl")
-                return run(resume=state.parent), earlier
+                earlier = _seconds(state.parent / "metrics.jsonl")
+                return run(resume=state.parent), *earlier
             except InputError as error:
                 print(error)  # noqa: T201  (into output.log)
     shutil.rmtree(folder / "run", ignore_errors=True)
     values = {"checkpoint_dir": str(folder / "run")}
-    return run(cell.row.model, cell.dataset, [cell.values], values), 0.0
+    return run(cell.row.model, cell.dataset, [cell.values], values), 0.0, 0.0
 
 
-def _cpu_seconds(epochs: Path) -> float:
+def _seconds(epochs: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of the epochs in a file."""
     text = epochs.read_text(encoding="utf-8") if epochs.is_file() else ""
     whole = text[: text.rfind("\n") + 1]  # a kill may have cut the last line
     notes = [json.loads(line) for line in whole.splitlines()]
-    return float(sum(n["train_cpu_seconds"] + n.get("valid_cpu_seconds", 0) for n in notes))
+    wall, cpu = (
+        sum(note.get(f"{part}_{clock}", 0.0) for note in notes for part in ("train", "valid"))
+        for clock in ("seconds", "cpu_seconds")
+    )
+    return wall, cpu
 
 
 def _explain(cell: Cell, run_folder: Path) -> None:

@@ -283,7 +283,8 @@ def _explained(table: Table) -> Iterator[Chart]:
     for row in (row for row in table.rows if of_models[row.row.model] is row):
         folder = row.outcomes[0].run / "explain"
         for file in sorted(folder.glob("*_by_*.csv")):
-            frame = pd.read_csv(file)
+            # a category may be called None
+            frame = pd.read_csv(file, keep_default_na=False, na_values={"layer": [""]})
             kind = file.stem.rpartition("_by_")[2]
             if kind in ("activity", "category"):
                 yield _weights(row, file.stem, frame, kind)

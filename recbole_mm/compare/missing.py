@@ -7,11 +7,14 @@ and the test set is scored again: nothing is trained or chosen, so this is no se
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recbole_mm.errors import InputError, RecboleMMError
+from recbole_mm.compare.plan import Cell
+from recbole_mm.errors import InputError, RecboleMMError, nearest
+from recbole_mm.registry import get_model
 
 FILE = "missing.json"
 PERCENTS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -26,7 +29,7 @@ def parse(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
     Raises:
         InputError: If a number is none, or outside [0, 100].
     """
-    wanted = {}
+    wanted: dict[str, tuple[float, ...]] = {}
     for text in texts:
         name, _, numbers = text.partition(":")
         try:
@@ -38,8 +41,28 @@ def parse(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
                 f"--missing_modality: {text!r} is not of the form text:0,25,50,75,100, a modality "
                 "and percentages"
             )
-        wanted[name] = tuple(sorted(set(percents))) or PERCENTS
+        wanted[name] = tuple(sorted({*(percents or PERCENTS), *wanted.get(name, ())}))
     return wanted
+
+
+def check(wanted: Wanted, cells: Sequence[Cell]) -> None:
+    """Refuse a modality that no row reads, before anything is trained.
+
+    Raises:
+        InputError: Naming it.
+    """
+    read_by_some = {
+        name
+        for cell in cells
+        if getattr(get_model(cell.row.model), "consumes_features", False)
+        for name in cell.values["modalities"]
+    }
+    for name in wanted:
+        if name not in read_by_some:
+            raise InputError(
+                f"--missing_modality: no row reads {name!r}{nearest(name, read_by_some)}; they "
+                f"read {', '.join(sorted(read_by_some)) or 'no features'}"
+            )
 
 
 def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
@@ -81,4 +104,7 @@ def measure(run: Path, modality: str, percent: float) -> dict[str, Any]:
         result = trainer.evaluate(loaders[2], load_best_model=False)
     except RecboleMMError as error:
         return {"error": str(error)}
+    except Exception as error:  # the run itself is finished, whatever this was
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
     return {metric: float(value) for metric, value in result.items()}

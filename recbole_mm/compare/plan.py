@@ -18,8 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recbole_mm.config import NO_NUMBERS, PROPERTIES, Config, read_yaml, reusable
-from recbole_mm.data.digest import sha256_of
+from recbole_mm.config import (
+    NO_NUMBERS,
+    PROPERTIES,
+    Config,
+    digest_of_data,
+    read_yaml,
+    reads_features,
+    reusable,
+)
 from recbole_mm.errors import InputError, nearest
 from recbole_mm.registry import MODELS
 
@@ -123,6 +130,11 @@ def plan(
         InputError: If a name, key or value is wrong, or two rows are the same.
     """
     _check_command_line(command_line)
+    for option, names in (("models", models), ("datasets", datasets)):
+        if not names:
+            raise InputError(f"--{option}: name at least one")
+    if len(set(datasets)) < len(datasets):
+        raise InputError(f"--datasets: {', '.join(datasets)}; name each data set once")
     named = _read_variants(variants)
     rows = [row for spec in models for row in _rows(spec, named)]
     by_seed: dict[int, list[Cell]] = {}
@@ -132,7 +144,7 @@ def plan(
             dataset,
             config_files,
             config_dict or {},
-            _with_data_path_that_holds(dataset, command_line),
+            _with_data_path_that_holds(dataset, datasets, command_line),
             None if tuned is None else Path(tuned),
         )
         for row in rows:
@@ -142,6 +154,12 @@ def plan(
                 for number, cell in enumerate(_cells(variant, config, seeds)):
                     by_seed.setdefault(number, []).append(cell)
     cells = [cell for number in sorted(by_seed) for cell in by_seed[number]]
+    if tuned is not None and not any(
+        _tuned_file(Path(tuned), row.model, dataset) for row in rows for dataset in datasets
+    ):
+        raise InputError(
+            f"--tuned: {tuned} has no file for any row; it should hold <dataset>/<model>.yaml"
+        )
     for key in map(_key, command_line):
         if not any(key in cell.values for cell in cells):
             raise InputError(f"command line: --{key}: no row of the table reads it; leave it out")
@@ -154,7 +172,7 @@ def _cells(row: Row, config: Config, seeds: Sequence[int] | int) -> Iterator[Cel
     chosen = list(range(first, first + seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise InputError(f"--seeds: {seeds!r}; name each seed once, or how many (at least 1)")
-    values, data = reusable(config.resolved()), _digest_of_data(config)
+    values, data = reusable(config.resolved()), digest_of_data(config)
     for seed in chosen:
         key = _hash(_settings(config, seed) + data)
         yield Cell(row, config["dataset"], seed, {**values, "seed": seed}, key)
@@ -174,7 +192,7 @@ class _Common:
         """The row, and those of its other modalities if they are asked for."""
         config = self.resolve(row)
         yield row, config
-        if modality_ablation and _reads(config):
+        if modality_ablation and reads_features(config):
             for subset in _subsets(row, config):
                 yield subset, self.resolve(subset)
 
@@ -198,12 +216,18 @@ def _check_command_line(command_line: Sequence[str]) -> None:
             raise InputError(f"command line: --{key} is not for compare: {_RESERVED[key]}")
 
 
-def _with_data_path_that_holds(dataset: str, command_line: Sequence[str]) -> list[str]:
-    """The command line; without ``data_path`` for a data set that is shipped and not there."""
+def _with_data_path_that_holds(
+    dataset: str, datasets: Sequence[str], command_line: Sequence[str]
+) -> list[str]:
+    """The command line; without ``data_path`` for a shipped data set beside others that are there.
+
+    A ``data_path`` that holds none of the data sets is a mistake, and stays.
+    """
     kept = []
     for argument in command_line:
         key, _, value = argument.removeprefix("--").partition("=")
-        if key != "data_path" or (Path(value) / dataset).is_dir():
+        holds_another = any((Path(value) / other).is_dir() for other in datasets)
+        if key != "data_path" or (Path(value) / dataset).is_dir() or not holds_another:
             kept.append(argument)
             continue
         try:
@@ -289,30 +313,13 @@ def _tuned_file(tuned: Path | None, model: str, dataset: str) -> tuple[str, ...]
 # ------------------------------------------------------------------------------ keys
 
 
-def _reads(config: Config) -> bool:
-    """Whether the model reads features."""
-    return bool(getattr(config.model_class, "consumes_features", False))
-
-
 def _settings(config: Config, seed: int) -> str:
     values = {k: v for k, v in config.resolved().items() if k not in NO_NUMBERS}
     values["seed"] = seed
-    if not _reads(config):
+    if not reads_features(config):
         del values["modalities"]
     return _hash(json.dumps(values, sort_keys=True))
 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _digest_of_data(config: Config) -> str:
-    """Hash of the contents of the atomic files and, for a model that reads them, of features."""
-    folder, dataset = Path(config["data_path"]), config["dataset"]
-    files = {path for path in folder.glob(f"{dataset}.*") if path.is_file()}
-    for declared in config["modalities"].values() if _reads(config) else ():
-        names = [str(declared[key]) for key in ("path", "ids") if key in declared]
-        paths = [folder / name.replace("{dataset}", dataset) for name in names]
-        files |= {path for path in paths if path.exists()}  # the run says what is missing
-    lines = sorted(f"{path.name} {sha256_of(path)}" for path in files)
-    return _hash("\n".join(lines))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from recbole.evaluator.register import metrics_dict
 
 from recbole_mm.compare import missing, significance
 from recbole_mm.compare.cells import Outcome, fingerprint
@@ -158,16 +159,20 @@ class Table:
         return next(found, None)
 
     def gain(self, row: RowResult, metric: str) -> float | None:
-        """Relative gain over the reference, in percent; ``None`` where nothing is compared."""
+        """Relative gain over the reference, in percent; ``None`` where nothing is compared.
+
+        Positive is better, be that more or less of the metric.
+        """
         reference = self.references[metric]
-        base = float(reference.test(metric).mean())
+        base = sign_of(metric) * float(reference.test(metric).mean())
         if row is reference or (row.row.is_baseline and not self.fixed_reference) or base == 0:
             return None
-        return 100 * (float(row.test(metric).mean()) / base - 1)
+        return 100 * (sign_of(metric) * float(row.test(metric).mean()) - base) / abs(base)
 
     def order(self, metric: str) -> tuple[RowResult | None, RowResult | None]:
         """Best and second row by mean test value; ``None`` where a tie leaves it open."""
-        means = {row: round(float(row.test(metric).mean()), 6) for row in self.rows}
+        sign = sign_of(metric)
+        means = {row: sign * round(float(row.test(metric).mean()), 6) for row in self.rows}
         values = sorted(set(means.values()), reverse=True)
         best = [row for row in self.rows if means[row] == values[0]]
         second = [row for row in self.rows if len(values) > 1 and means[row] == values[1]]
@@ -182,43 +187,55 @@ class Table:
         return "cold" in self.protocol.split
 
 
-def tabulate(outcomes: Sequence[Outcome], show: Sequence[str] = ()) -> list[Table]:
-    """One table for each data set.
+def sign_of(metric: str) -> int:
+    """1, or -1 for a metric of which less is better, as RecBole says."""
+    return -1 if metrics_dict[metric.partition("@")[0].lower()].smaller else 1
+
+
+def tabulate(
+    outcomes: Sequence[Outcome], show: Sequence[str] = ()
+) -> tuple[list[Table], list[InputError]]:
+    """One table for each data set, and why there is none for the others.
 
     Args:
         outcomes: Of all cells, in the order of the plan.
         show: Metrics, such as ``NDCG@10``; by default every metric at the cut-off of the one that
             selects the epoch.
 
-    Raises:
-        InputError: If two runs of a data set differ in items, interactions, split or rules, or if
-            no cell is finished.
+    Returns:
+        The tables, and for each of the other data sets an error: that no cell is finished, or that
+        two runs differ in items, interactions, split or rules.
     """
-    tables = []
+    tables, errors = [], []
     for dataset in dict.fromkeys(outcome.cell.dataset for outcome in outcomes):
         group = [outcome for outcome in outcomes if outcome.cell.dataset == dataset]
-        finished = [outcome for outcome in group if outcome.record is not None]
-        failures = tuple(outcome for outcome in group if outcome.record is None)
-        if not finished:
-            reasons = "; ".join(f"{failure.cell.name}: {failure.error}" for failure in failures)
-            raise InputError(f"{dataset}: no cell is finished, so there is no table: {reasons}")
-        protocol = _one_protocol(finished)
-        rows = tuple(_rows_of(group, _counts(finished[0])))
-        metrics = _shown(protocol, show)
-        references, fixed = _references(rows, metrics)
-        tables.append(
-            Table(
-                dataset,
-                protocol,
-                rows,
-                metrics,
-                references,
-                fixed,
-                _comparisons(rows, metrics, references, fixed=fixed),
-                failures,
-            )
-        )
-    return tables
+        try:
+            tables.append(_table(dataset, group, show))
+        except InputError as error:
+            errors.append(error)
+    return tables, errors
+
+
+def _table(dataset: str, group: Sequence[Outcome], show: Sequence[str]) -> Table:
+    finished = [outcome for outcome in group if outcome.record is not None]
+    failures = tuple(outcome for outcome in group if outcome.record is None)
+    if not finished:
+        reasons = "; ".join(f"{failure.cell.name}: {failure.error}" for failure in failures)
+        raise InputError(f"{dataset}: no cell is finished, so there is no table: {reasons}")
+    protocol = _one_protocol(finished)
+    rows = tuple(_rows_of(group, _counts(finished[0])))
+    metrics = shown(protocol.metrics, protocol.topk, protocol.valid_metric, show)
+    references, fixed = _references(rows, metrics)
+    return Table(
+        dataset,
+        protocol,
+        rows,
+        metrics,
+        references,
+        fixed,
+        _comparisons(rows, metrics, references, fixed=fixed),
+        failures,
+    )
 
 
 def protocol_of(outcome: Outcome) -> Protocol:
@@ -258,9 +275,22 @@ def _rows_of(group: Sequence[Outcome], counts: Mapping[str, pd.Series]) -> list[
     return results
 
 
-def _shown(protocol: Protocol, show: Sequence[str]) -> tuple[str, ...]:
-    known = [f"{name.lower()}@{k}" for name in protocol.metrics for k in protocol.topk]
-    main = protocol.valid_metric.lower()
+def shown(
+    metrics: Sequence[str], topk: Sequence[int], valid_metric: str, show: Sequence[str]
+) -> tuple[str, ...]:
+    """The metrics of a table, the one that selects the epoch first.
+
+    Args:
+        metrics: Names that are computed.
+        topk: Their cut-offs.
+        valid_metric: What selects the epoch.
+        show: What is asked for; by default all of them at the cut-off of ``valid_metric``.
+
+    Raises:
+        InputError: If ``show`` names another one.
+    """
+    known = [f"{name.lower()}@{k}" for name in metrics for k in topk]
+    main = valid_metric.lower()
     chosen = [name.lower() for name in show]
     for name in chosen:
         if name not in known:
@@ -277,7 +307,10 @@ def _references(
     baselines = [row for row in rows if row.row.is_baseline]
     if not baselines or len(baselines) == len(rows):
         return dict.fromkeys(metrics, rows[0]), True
-    best = {m: max(baselines, key=lambda row: float(row.test(m).mean())) for m in metrics}
+    best = {}
+    for m in metrics:
+        sign = sign_of(m)
+        best[m] = max(baselines, key=lambda row: sign * float(row.test(m).mean()))
     return best, False
 
 
@@ -312,9 +345,10 @@ def mark(comparison: Comparison | None, *, fixed: bool) -> tuple[str, str]:
     Against the best baseline only a better row is marked: the best of several is chosen by the
     very values that are compared, which makes worse rows look worse than they are.
     """
-    if comparison is None or (comparison.difference < 0 and not fixed):
+    gain = 0.0 if comparison is None else sign_of(comparison.metric) * comparison.difference
+    if comparison is None or (gain < 0 and not fixed):
         return "", ""
-    better = comparison.difference > 0
+    better = gain > 0
     users = ("*" if better else "-") if comparison.differs else ""
     return users, "+" if comparison.differs_over_seeds else ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +25,25 @@ _LATEX = {"*": "$^{*}$", "-": "$^{\\triangledown}$", "+": "$^{\\dagger}$"}
 _TEX_SPECIAL = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-    | {"±": r"$\pm$", "'": "'"}
+    | {"±": r"$\pm$", "<": "$<$", ">": "$>$"}
 )
 
 
-def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], page: str, out: Path) -> None:
-    """Write every file of the tables into ``out``.
+def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], out: Path) -> None:
+    """Write every file of the tables into ``out``; without any, what became of the cells.
 
     Args:
         tables: One for each data set.
         outcomes: Of all cells.
-        page: The report.
         out: The folder.
 
     Raises:
         EnvironmentFault: If the folder cannot be written.
     """
-    try:
+    with _writing(out):
+        _write(out / "cells.csv", _frame_of_cells(outcomes, out).to_csv(index=False))
+        if not tables:
+            return
         _write(out / "table.md", "\n".join(_markdown_lines(tables)) + "\n")
         _write(out / "table.tex", "\n\n".join(_latex(table) for table in tables) + "\n")
         _write(out / "table.csv", _frame_of_means(tables).to_csv(index=False))
@@ -51,9 +54,25 @@ def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], page: str, o
         missing = _frame_of_missing(tables)
         if len(missing):
             _write(out / "missing.csv", missing.to_csv(index=False))
-        _write(out / "cells.csv", _frame_of_cells(outcomes, out).to_csv(index=False))
+        else:
+            (out / "missing.csv").unlink(missing_ok=True)  # of another call
         _write_parquet(tables, out)
+
+
+def write_page(page: str, out: Path) -> None:
+    """Write the report.
+
+    Raises:
+        EnvironmentFault: If the folder cannot be written.
+    """
+    with _writing(out):
         _write(out / "report.html", page)
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise EnvironmentFault(
             f"{out}: cannot be written ({error.strerror or error}); free space or choose another "
@@ -191,10 +210,10 @@ def _latex(table: Table) -> str:
     head = " & ".join(name.translate(_TEX_SPECIAL) for name in frame.columns) + r" \\"
     # the marks of the caption are LaTeX already
     said = " ".join(
-        line.translate(_TEX_SPECIAL) for line in caption(table, {s: f"<{s}>" for s in _LATEX})
+        line.translate(_TEX_SPECIAL) for line in caption(table, {s: f"[[{s}]]" for s in _LATEX})
     )
     for sign, written in _LATEX.items():
-        said = said.replace(f"<{sign}>", written)
+        said = said.replace(f"[[{sign}]]", written)
     return "\n".join(
         [
             r"% \usepackage{booktabs,amssymb}",

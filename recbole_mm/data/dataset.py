@@ -18,6 +18,7 @@ Keys of the configuration read here, besides RecBole's: ``on_bad_time``, ``mask_
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -492,6 +493,7 @@ class MultimodalDataset(Dataset):
             items=self.item_num - 1 if self.iid_field else 0,
             interactions=len(self.inter_feat),
             steps=tuple(self._steps),
+            histories=self._histories(),
             bad_times=self._bad_times,
             items_without_row=self._items_without_row,
         )
@@ -504,6 +506,13 @@ class MultimodalDataset(Dataset):
             equal_times=int(shared.duplicated(same_time).sum()),
             duplicates=int(shared.duplicated([*same_time, self.iid_field]).sum()),
         )
+
+    def _histories(self) -> str:
+        if not self._id_fields:
+            return ""
+        users, items = (self.inter_feat[field].to_numpy(np.int64) for field in self._id_fields)
+        order = np.argsort(users, kind="stable")
+        return hashlib.sha256(np.stack([users[order], items[order]]).tobytes()).hexdigest()[:12]
 
     def _dataframe_to_interaction(self, data: pd.DataFrame) -> Interaction:
         """As RecBole; sequential models, and a split by time, keep the time in float64."""

@@ -57,6 +57,7 @@ class DataReport:
         items: The same for items; this is the candidate set.
         interactions: After all filters.
         steps: What was read, then each filter that left something out.
+        histories: Fingerprint of every user's items in their order, by internal ids.
         bad_times: Rows without a usable time that ``on_bad_time: drop`` left out.
         duplicates: Rows that repeat user, item and time of an earlier one; they are kept, unless
             ``rm_dup_inter`` says otherwise.
@@ -71,6 +72,7 @@ class DataReport:
     items: int
     interactions: int
     steps: tuple[FilterStep, ...] = ()
+    histories: str = ""
     bad_times: int = 0
     duplicates: int = 0
     equal_times: int = 0

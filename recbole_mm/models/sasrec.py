@@ -102,10 +102,15 @@ class SASRecMM(SASRecFast):
 
     def __init__(self, config: Config, dataset: MultimodalSequentialDataset) -> None:
         super().__init__(config, dataset)
-        self.project = ModalityProjection(self.features, config["hidden_size"], hidden_layers=1)
-        self.project.apply(self._init_weights)
+        self.project = None
+        if self.features:  # without any it is SASRecFast
+            self.project = ModalityProjection(self.features, config["hidden_size"], hidden_layers=1)
+            self.project.apply(self._init_weights)
 
     def item_vectors(self, items: Tensor) -> Tensor:
         """Sum of the id embedding and the projected features, ``(U, D)``."""
+        ids = super().item_vectors(items)
+        if self.project is None:
+            return ids
         content, _ = self.project(items)  # (U, M, D)
-        return super().item_vectors(items) + content.sum(1)
+        return ids + content.sum(1)

@@ -77,7 +77,7 @@ def tune(
     Returns:
         ``best`` (values of the best trial), ``best_valid_score``, ``best_valid_result``,
         ``valid_metric``, ``trials`` and ``failed`` (counts), ``config`` (path of the best
-        configuration) and ``folder`` (of everything else).
+        configuration), ``folder`` (of everything else) and ``data_path`` (if it was set).
 
     Raises:
         InputError: Bad input, before the first trial or in one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -41,7 +42,15 @@ def write_outputs(search: Search, config: Config, records: Sequence[Record]) -> 
         "failed": sum(r["error"] is not None for r in records),
         "config": str(path),
         "folder": str(search.folder),
+        "data_path": given_place(config),
     }
+
+
+def given_place(config: Config) -> str | None:
+    """The ``data_path`` that the user has set; the best configuration does not repeat it."""
+    if "data_path" not in config.external_config_dict:
+        return None
+    return str(Path(config["data_path"]).parent)
 
 
 def _best_yaml(search: Search, config: Config, records: Sequence[Record], best: int) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recbole_mm.config import NO_NUMBERS, Config
+from recbole_mm.config import NO_NUMBERS, Config, digest_of_data
 from recbole_mm.errors import EnvironmentFault, InputError, NumericalError, OutOfMemory
 from recbole_mm.protocol import Protocol, assert_comparable
 from recbole_mm.quick_start import run
@@ -174,6 +174,7 @@ def settings_of(
         "dataset": values.pop("dataset"),
         "engine": engine,
         "algo": algo,
+        "contents of the data": digest_of_data(config),
         "space": [f"{p.name} {p.kind} {list(p.values)}" for p in space.values()],
         "config": {k: v for k, v in values.items() if k not in NO_NUMBERS and k not in space},
     }

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,8 @@ def test_the_table_stands_in_every_form(done):
     assert r"\toprule" in tex
     assert r"\textbf{" in tex
     assert "fingerprints items" in tex
+    assert "p $<$ 0.05" in tex or "0.05" not in tex
+    assert " < " not in tex
     frame = pd.read_csv(out / "table.csv")
     cell = frame.query("model == 'SASRecMM' and part == 'test' and metric == 'ndcg@10'")
     (record,) = (out / "cells/tiny/SASRecMM").glob("*/cell.json")
@@ -99,7 +102,7 @@ def test_finished_cells_are_not_run_again_and_the_table_is_the_same(done, capsys
     out, arguments = done
     files = contents(out)
     records = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/*/*/cell.json")}
-    assert main(arguments) == 0
+    assert main(arguments) == 1
     assert capsys.readouterr().out.count("(already finished)") == 2
     assert records == {path: path.stat().st_mtime_ns for path in records}
     assert contents(out) == files
@@ -123,8 +126,86 @@ def test_runs_of_other_items_or_splits_do_not_share_a_table(done):
     tables = finished(out)
     for field, value in (("items", "0" * 12), ("test", "1" * 12), ("mask_history", True)):
         changed = [tables[0], altered(tables[1], field, value)]
-        with pytest.raises(InputError, match=f"cannot share a table, they differ in {field}"):
-            tabulate(changed)
+        none, (error,) = tabulate(changed)
+        assert not none
+        assert f"cannot share a table, they differ in {field}" in str(error)
+
+
+def test_a_data_set_without_a_finished_cell_leaves_the_tables_of_the_others(done, tmp_path):
+    out, _ = done
+    pop, mm = finished(out)
+    failed = replace(pop, cell=replace(pop.cell, dataset="other"), record=None, error="no time")
+    (table,), (error,) = tabulate([pop, failed, mm])
+    assert [row.label for row in table.rows] == ["Pop", "SASRecMM"]
+    assert "other: no cell is finished" in str(error)
+    assert "no time" in str(error)
+    (tmp_path / "bad").mkdir()
+    header = "user_id:token\titem_id:token\ttimestamp:float\n"
+    (tmp_path / "bad" / "bad.inter").write_text(f"{header}u\ti\tsoon\n")
+    with pytest.raises(InputError, match=r"bad: no cell is finished.*'soon'"):
+        compare(
+            ["Pop"], ["tiny", "bad"], out=tmp_path / "o", command_line=[f"--data_path={tmp_path}"]
+        )
+    assert "### tiny" in (tmp_path / "o/table.md").read_text()
+    states = pd.read_csv(tmp_path / "o/cells.csv").set_index("dataset")["state"]
+    assert states.to_dict() == {"tiny": "finished", "bad": "failed"}
+    assert (tmp_path / "o/report.html").is_file()
+
+
+def test_less_of_some_metrics_is_better(tmp_path):
+    metrics = ["NDCG", "GiniIndex"]
+    (table,) = compare(
+        ["Pop", "BPR", "ItemKNN"],
+        ["tiny"],
+        out=tmp_path,
+        config_dict={"metrics": metrics, "epochs": 1},
+        show=["GiniIndex@10"],
+    )
+    values = {row.label: float(row.test("giniindex@10").mean()) for row in table.rows}
+    ordered = sorted(values, key=values.get)
+    best, second = table.order("giniindex@10")
+    assert [best.label, second.label] == ordered[:2]
+    # all three are baselines: the first row is what others are measured against
+    for row in table.rows[1:]:
+        gain = table.gain(row, "giniindex@10")
+        assert gain == pytest.approx(100 * (1 - values[row.label] / values["Pop"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"show": ["NDGC@10"]}, "--show: unknown metric 'ndgc@10'; did you mean 'ndcg@10'"),
+        ({"missing_modality": {"txt": (50,)}}, "no row reads 'txt'; did you mean 'text'"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_before_anything_is_trained(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        compare(["Pop", "SASRecMM"], ["tiny"], out=tmp_path / "o", **options)
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_fails_with_a_modality_missing_is_told_and_keeps_the_run(done, monkeypatch):
+    from recbole_mm.compare import missing
+    from recbole_mm.compare.cells import _measure_missing
+
+    out, _ = done
+    _, mm = finished(out)
+
+    def torn(*_):
+        raise MemoryError("can't allocate memory")
+
+    before = (mm.folder / missing.FILE).read_text()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("recbole_mm.quick_start.open_run", torn)
+            _measure_missing(mm.folder, {"image": (50.0,)})
+        assert missing.read(mm.folder)["image"]["50"] == {
+            "error": "MemoryError: can't allocate memory"
+        }
+        wanted = {"image": (50.0,)}
+        assert [*missing.still_to_do(mm.folder, mm.record, wanted)] == [("image", 50.0)]
+    finally:
+        (mm.folder / missing.FILE).write_text(before)
 
 
 def finished(out):
@@ -137,8 +218,6 @@ def finished(out):
 
 
 def altered(outcome, field, value):
-    from dataclasses import replace
-
     record = json.loads(json.dumps(outcome.record))
     record["result"]["protocol"][field] = value
     assert Protocol.from_dict(record["result"]["protocol"])
@@ -177,6 +256,7 @@ def test_percentages_of_a_missing_modality_are_checked(text):
     from recbole_mm.compare.missing import parse
 
     assert parse(["text:50,0", "image"]) == {"text": (0.0, 50.0), "image": (0, 25, 50, 75, 100)}
+    assert parse(["text:0", "text:50"]) == {"text": (0.0, 50.0)}
     with pytest.raises(InputError, match="not of the form"):
         parse([text])
 

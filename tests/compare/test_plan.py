@@ -139,6 +139,9 @@ def test_a_shipped_data_set_is_found_beside_those_of_data_path(tmp_path):
         (["SASRec"], {"command_line": ["--seed=3"]}, "use --seeds"),
         (["SASRec"], {"command_line": ["--checkpoint_dir=x"]}, "use --out"),
         (["SASRec"], {"tuned": "no/such/folder"}, "is no folder"),
+        (["SASRec"], {"tuned": "."}, "has no file for any row"),
+        ([], {}, "--models: name at least one"),
+        (["Pop"], {"command_line": ["--data_path=/no/such/folder"]}, "no data set 'tiny'"),
         (["SASRec"], {"command_line": ["--epoch=3"]}, "did you mean 'epochs'"),
         (["SASRec"], {"command_line": ["--knn_k=3"]}, "--knn_k: no row of the table reads it"),
     ],
@@ -147,6 +150,11 @@ def test_a_wrong_name_key_or_value_is_refused_before_anything_runs(models, optio
     with pytest.raises(InputError) as caught:
         plan(models, ["tiny"], 1, **options)
     assert message in str(caught.value)
+
+
+def test_data_sets_are_named_once():
+    with pytest.raises(InputError, match="name each data set once"):
+        plan(["Pop"], ["tiny", "tiny"], 1)
 
 
 @pytest.mark.parametrize("seeds", [0, [], [1, 1]])

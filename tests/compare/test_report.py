@@ -21,7 +21,8 @@ DRIVER = shutil.which("chromedriver")
 
 def table(out):
     cells = plan(["Pop", "SASRecMM"], ["tiny"], 1, command_line=QUICK)
-    return tabulate([read_outcome(cell, out) for cell in cells])[0]
+    (found,), _ = tabulate([read_outcome(cell, out) for cell in cells])
+    return found
 
 
 def test_the_page_needs_nothing_beside_it(done):
@@ -56,7 +57,7 @@ def test_weights_that_a_model_tells_of_itself_are_drawn(done):
     folder.mkdir()
     try:
         (folder / "fusion_by_category.csv").write_text(
-            "category,items,text,image\n(all),120,0.4,0.6\n<b>Home</b>,60,0.3,0.7\n"
+            "category,items,text,image\n(all),120,0.4,0.6\n<b>Home</b>,60,0.3,0.7\nNone,9,0.5,0.5\n"
         )
         (folder / "gates_by_activity.csv").write_text(
             "history_length,histories,window,block,layer\n"
@@ -67,8 +68,8 @@ def test_weights_that_a_model_tells_of_itself_are_drawn(done):
         shutil.rmtree(folder)
     bars = charts["SASRecMM: fusion weights by category"].data
     assert [(bar.name, list(bar.x)) for bar in bars] == [
-        ("text", [0.3, 0.4]),
-        ("image", [0.7, 0.6]),
+        ("text", [0.5, 0.3, 0.4]),
+        ("image", [0.5, 0.7, 0.6]),
     ]
     assert len(charts["SASRecMM: gates by length of the history"].data) == 2
 

@@ -1,6 +1,7 @@
 """The search: selection by validation, failures, traps of RecBole's tuning, continuation."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from recbole.utils import InputType
 import recbole_mm
 from recbole_mm import registry, tuning
 from recbole_mm.cli import main
+from recbole_mm.config import DATASETS
 from recbole_mm.errors import EnvironmentFault, InputError, NumericalError, OutOfMemory
 from recbole_mm.trainer import TrainerMixin
 from recbole_mm.tuning import engines
@@ -48,9 +50,8 @@ def tune(tmp_path, monkeypatch):
         path.write_text(space)
         monkeypatch.setattr(search_module, "run", runs)
         options = {"trials": 6, "algo": "random", **options}
-        return tuning.tune(
-            "SASRecFast", "tiny", params_file=path, engine=engine, out=out, **options
-        )
+        model = options.pop("model", "SASRecFast")
+        return tuning.tune(model, "tiny", params_file=path, engine=engine, out=out, **options)
 
     return call
 
@@ -336,6 +337,18 @@ def test_a_search_with_other_settings_is_not_continued(tune, engine, change, mes
     with pytest.raises(InputError, match=message):
         tune(Runs(), **{"engine": engine, "trials": 2, **change})
     tune(Runs(), engine=engine, trials=2, config_dict={"show_progress": False, "state": "DEBUG"})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_search_over_other_features_is_not_continued(tune, tmp_path, engine):
+    shutil.copytree(DATASETS / "tiny", tmp_path / "data" / "tiny")
+    options = {"engine": engine, "trials": 2, "model": "SASRecMM"}
+    options["config_dict"] = {"data_path": str(tmp_path / "data")}
+    tune(Runs(), **options)
+    file = tmp_path / "data" / "tiny" / "text.npy"
+    np.save(file, np.load(file) + 1)
+    with pytest.raises(InputError, match="contents of the data"):
+        tune(Runs(), **options)
 
 
 def test_a_relative_database_is_that_of_the_working_directory(tune, tmp_path, monkeypatch):
