@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ _EPILOG = """\
 Any key of the configuration can follow as --key=value, for example
   --learning_rate=0.0005 --MAX_ITEM_LIST_LENGTH=200 --modalities=[text] --epochs=20
 
-exit codes: 0 done, 2 bad input or configuration, 3 environment or disk, 4 numerical failure
+exit codes: 0 done, 1 some cells of a table failed, 2 bad input or configuration,
+3 environment, memory or disk, 4 numerical failure
 """
 
 
@@ -36,14 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="train and evaluate one model",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # argparse hands it on to no command
     )
     _add_run_arguments(run)
-    _add_nproc(run)
+    _add_run_only_arguments(run)
     explain = commands.add_parser(
         "explain",
         help="tables and plots of what the model of a run tells of itself",
         description="Write explain/*.csv and *.png into a run folder (plots need matplotlib).",
         epilog="Stronger values follow as --key=value, for example --data_path=dataset",
+        allow_abbrev=False,
     )
     explain.add_argument("run", help="run folder, as the run printed it")
     explain.add_argument(
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_download(commands)
     known, rest = parser.parse_known_args(arguments)
     if known.command == "models":
-        return _guarded(_print_models)
+        return _guarded(lambda: _print_models(rest))
     if known.command == "compare":
         return _guarded(lambda: _compare(known, rest))
     if known.command == "tune":
@@ -80,21 +84,29 @@ def run_main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_run_arguments(parser)
-    _add_nproc(parser)
+    _add_run_only_arguments(parser)
     known, rest = parser.parse_known_args(arguments)
     return _guarded(lambda: _run(known, rest))
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", "-m", help="a model of this package or of RecBole (MUFASA)")
-    parser.add_argument("--dataset", "-d", help="folder name below data_path (ml-100k)")
-    parser.add_argument("--config_files", default="", help='YAML files: "a.yaml b.yaml"')
     parser.add_argument(
-        "--resume", metavar="RUN", help="folder of an interrupted run, to be continued"
+        "--model",
+        "-m",
+        help="a model of this package or of RecBole (MUFASA; none with --config_files)",
+    )
+    parser.add_argument(
+        "--dataset", "-d", help="folder name below data_path (ml-100k; none with --config_files)"
+    )
+    parser.add_argument(
+        "--config_files", default="", help='YAML files: "a.yaml b.yaml"; quote a blank in a name'
     )
 
 
-def _add_nproc(parser: argparse.ArgumentParser) -> None:
+def _add_run_only_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume", metavar="RUN", help="folder of an interrupted run, to be continued"
+    )
     parser.add_argument(
         "--nproc",
         type=int,
@@ -236,19 +248,24 @@ def _guarded(action: Any) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         return 130
+    except BrokenPipeError:  # whoever read our output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return 0
 
 
-def _print_models() -> None:
+def _print_models(rest: Sequence[str]) -> None:
     from recbole_mm.registry import model_names
 
+    if rest:
+        raise InputError(f"models: unknown arguments {' '.join(rest)}; see --help")
     print("\n".join(model_names()))  # noqa: T201
 
 
 def _run(known: argparse.Namespace, rest: Sequence[str]) -> None:
     from recbole_mm.quick_start import run  # torch and RecBole: seconds that --help need not wait
 
-    files = known.config_files.split()
+    files = _files(known)
     result = run(
         *_model_and_dataset(known, files),
         config_file_list=files or None,
@@ -269,7 +286,7 @@ def _explain(known: argparse.Namespace, rest: Sequence[str]) -> None:
 def _tune(known: argparse.Namespace, rest: Sequence[str]) -> None:
     from recbole_mm.tuning import tune
 
-    files = known.config_files.split()
+    files = _files(known)
     options = ("params_file", "engine", "algo", "trials", "storage", "seed", "out")
     result = tune(
         *_model_and_dataset(known, files),
@@ -285,9 +302,10 @@ def _tune(known: argparse.Namespace, rest: Sequence[str]) -> None:
     print(tabulate(result["best"].items(), headers=["key", "value"]))  # noqa: T201
     folder, config = (os.path.relpath(result[key]) for key in ("folder", "config"))
     print(f"all trials: {folder}")  # noqa: T201
-    place = "".join(f" {argument}" for argument in rest if argument.startswith("--data_path="))
-    command = f"recbole-mm run --config_files {config}{place}"
-    print(f"score it on test: {command}")  # noqa: T201
+    command = ["recbole-mm", "run", "--config_files", shlex.quote(config)]
+    if result["data_path"] is not None:
+        command.append(f"--data_path={result['data_path']}")
+    print(f"score it on test: {shlex.join(command)}")  # noqa: T201
 
 
 def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -298,7 +316,7 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
         _names(known.datasets),
         _seeds(known.seeds),
         out=known.out,
-        config_files=known.config_files.split(),
+        config_files=_files(known),
         command_line=rest,
         tuned=known.tuned,
         variants=known.variants,
@@ -315,9 +333,8 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
     print(f"all files: {Path(known.out).resolve()}")  # noqa: T201
     failed = sum(len(table.failures) for table in tables)
     if failed:
-        print(  # noqa: T201
-            f"{failed} cells failed, see cells.csv; the same command tries them again",
-            file=sys.stderr,
+        raise RecboleMMError(
+            f"{failed} cells failed, see cells.csv; the same command tries them again"
         )
 
 
@@ -327,7 +344,7 @@ def _extract(known: argparse.Namespace, rest: Sequence[str]) -> None:
 
     place = [f"--data_path={known.data_path}"] if known.data_path else []
     # where the data set is, how it is written and the device; Pop, since a model must be named
-    config = Config("Pop", known.dataset, known.config_files.split(), command_line=[*place, *rest])
+    config = Config("Pop", known.dataset, _files(known), command_line=[*place, *rest])
     folder = Path(config["data_path"])
     out = Path(known.out)
     tokens = item_tokens(
@@ -361,6 +378,13 @@ def _download(known: argparse.Namespace, rest: Sequence[str]) -> None:
     print("\n".join(done.lines()))  # noqa: T201
 
 
+def _files(known: argparse.Namespace) -> list[str]:
+    try:
+        return shlex.split(known.config_files)
+    except ValueError as error:
+        raise InputError(f"--config_files: {known.config_files!r}: {error}") from error
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
@@ -370,7 +394,7 @@ _MOST_SEEDS = 100  # a larger number was meant as a seed
 
 def _seeds(text: str) -> int | list[int]:
     numbers = _names(text)
-    if not numbers or not all(number.isdigit() for number in numbers):
+    if not numbers or not all(number.isdecimal() for number in numbers):
         raise InputError(f"--seeds: {text!r} is neither a number of seeds nor a list of seeds")
     if "," in text:
         return [int(number) for number in numbers]
@@ -386,7 +410,7 @@ def _model_and_dataset(
     known: argparse.Namespace, files: Sequence[str]
 ) -> tuple[str | None, str | None]:
     # with config files, or a run folder, model and dataset stand there
-    elsewhere = files or known.resume
+    elsewhere = files or getattr(known, "resume", None)
     model = known.model or (None if elsewhere else "MUFASA")
     dataset = known.dataset or (None if elsewhere else "ml-100k")
     return model, dataset

@@ -105,6 +105,35 @@ def test_built_in_models_report_the_same_users_items_and_interactions(folder, tm
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--mode=uni100", "--model=Pop", "--dataset=tiny"], "unknown key 'mode'"),
+        (["run", "--dat=tiny"], "unknown key 'dat'"),
+        (["models", "--foo=1"], "models: unknown arguments --foo=1"),
+        (["tune", "--resume=saved/x", "--model=Pop"], "'resume'"),
+        (["run", "--config_files='a"], "No closing quotation"),
+        (["compare", "--models=Pop", "--datasets=tiny", "--seeds=²"], "neither a number of seeds"),
+    ],
+)
+def test_options_are_written_out_and_known(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_file_may_have_a_blank_in_its_name(tmp_path):
+    file = tmp_path / "my own.yaml"
+    file.write_text("model: Pop\ndataset: tiny\n")
+    assert run_main([f"--config_files='{file}'", f"--checkpoint_dir={tmp_path}"]) == 0
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    command = f"{sys.executable} -m recbole_mm.cli models | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)  # noqa: S602
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--model=NoSuchModel"], 2, "unknown model 'NoSuchModel'"),
