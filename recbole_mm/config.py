@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from recbole.utils import ModelType, argument_list
 from recbole_mm import compat, config_rules, distributed
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
-from recbole_mm.errors import InputError, RecboleMMError, nearest
+from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError, nearest
 from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model
 
 _LOG = logging.getLogger(__name__)
@@ -279,6 +280,9 @@ class Config(RecBoleConfig):
             raise InputError(
                 f"explain: {self.model} tells nothing of itself; models that do: {able}"
             )
+
+        if final["log_wandb"] and importlib.util.find_spec("wandb") is None:
+            raise EnvironmentFault("log_wandb: True needs wandb: run `pip install wandb`")
 
         sequential = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
         if "repeatable" not in self.external_config_dict:

@@ -1,5 +1,6 @@
 """Precedence, safety and refusals of the configuration (reliability.md, cases 1, 28, 31, 32)."""
 
+import importlib.util
 import shutil
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from recbole.model.sequential_recommender import SASRec
 
 import recbole_mm
 from recbole_mm.config import DATASETS, Config, parse_value, reusable
-from recbole_mm.errors import InputError
+from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.models.mufasa import MUFASA
 
 
@@ -247,6 +248,12 @@ def test_a_linked_data_set_is_found_again_under_its_name(tmp_path):
     made = config(values={"data_path": str(tmp_path / "sets")})
     again = config(None, None, [reusable(made.resolved())])
     assert again["data_path"] == str(tmp_path / "sets" / "tiny")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is there")
+def test_wandb_is_missing_before_anything_is_read():
+    with pytest.raises(EnvironmentFault, match="pip install wandb"):
+        config("BPR", values={"log_wandb": True})
 
 
 def test_keys_of_other_models_on_the_command_line_are_told(caplog):
