@@ -267,7 +267,10 @@ GUARDS = [
     ),
     # ------------------------------------------------------------------ configuration
     Guard(
-        *(31, "config_rules.py", "if key not in known:", "if False:"),
+        31,
+        "config_rules.py",
+        'if key not in known:\n        raise InputError(f"unknown key',
+        'if False:\n        raise InputError(f"unknown key',
         fault("31_an_unknown_key_is_refused_with_the_nearest"),
     ),
     *(

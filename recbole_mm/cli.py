@@ -248,10 +248,21 @@ def _guarded(action: Any) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)  # noqa: T201
         return 130
-    except BrokenPipeError:  # whoever read our output has enough
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
+
+
+def _is_unread() -> bool:
+    """Whether whoever reads our output has enough."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _print_models(rest: Sequence[str]) -> None:

@@ -264,7 +264,7 @@ class Config(RecBoleConfig):
                         declared, chosen = dict(value), None
                     else:
                         chosen = list(value or [])
-        final["modalities"] = _choose(declared, chosen)
+        final["modalities"] = choose(declared, chosen)
         return final
 
     def _set_default_parameters(self) -> None:
@@ -391,8 +391,14 @@ def digest_of_data(config: Config) -> str:
         names = [str(declared[key]) for key in ("path", "ids") if key in declared]
         paths = [folder / name.replace("{dataset}", dataset) for name in names]
         files |= {path for path in paths if path.exists()}  # the run says what is missing
-    lines = sorted(f"{path.name} {sha256_of(path)}" for path in files)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+    try:
+        lines = sorted(f"{path.name} {sha256_of(path)}" for path in files)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot read {error.filename}: {error.strerror}; check the file's permissions"
+        ) from error
+    text = "\n".join(lines).encode(errors="surrogateescape")
+    return hashlib.sha256(text).hexdigest()[:12]
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -425,7 +431,12 @@ def _from_text(text: str, default: Any) -> Any:
     return parse_value(text)
 
 
-def _choose(declared: Mapping[str, Any], chosen: list[str] | None) -> dict[str, Any]:
+def choose(declared: Mapping[str, Any], chosen: list[str] | None) -> dict[str, Any]:
+    """The declared modalities that a list names, or all without one.
+
+    Raises:
+        InputError: If it names another.
+    """
     for name in chosen or ():
         if name not in declared:
             raise InputError(

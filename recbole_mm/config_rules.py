@@ -205,7 +205,8 @@ def _check_data(config: Mapping[str, Any]) -> None:
             f"got {parts!r}"
         )
     for key, idle in _NO_FILTER.items():
-        if config.get(key) not in idle:
+        value = config.get(key)
+        if (value.replace(" ", "") if isinstance(value, str) else value) not in idle:
             raise InputError(
                 f"{key}: {config[key]!r} has no effect on a data set that comes split "
                 "(benchmark_filename); filter its files, and remove the key"

@@ -265,10 +265,15 @@ def _make(config: Config) -> _Made:
         loaders = data_preparation(config, dataset)
     rules = protocol.describe(config, tuple(loader._dataset for loader in loaders))
     if not rules.test_users:
-        raise InputError(
-            f"no user of {config['dataset']} is long enough for a test row: a user needs at least "
-            "3 interactions for leave-one-out"
+        split = config["eval_args"]["split"]
+        reason = (
+            "is long enough for a test row: a user needs at least 3 interactions for leave-one-out"
         )
+        if "LS" not in split and config["benchmark_filename"] is None:
+            reason = (
+                f"has a row in the test part of the split {split}: too few, or late, interactions"
+            )
+        raise InputError(f"no user of {config['dataset']} {reason}")
     init_seed(config["seed"], config["reproducibility"])
     try:
         net = config.model_class(config, loaders[0]._dataset).to(config["device"])

@@ -26,6 +26,7 @@ from recbole_mm.checkpoint import (
     Checkpoint,
     LooseState,
     fingerprint,
+    load_weights,
     optimizer_state,
     random_states,
     set_optimizer_state,
@@ -341,7 +342,7 @@ class TrainerMixin:
 
     def _restore(self, state: Checkpoint) -> None:
         about = state.about
-        self.model.load_state_dict(state.under("model"))
+        load_weights(self.model, state.under("model"), self.folder.path if self.folder else Path())
         loose = {k: v.to(self.device) for k, v in state.under("attribute").items()}
         self._loose.restore(Checkpoint(loose, about["attributes"]))
         self.scaler.load_state_dict(about["scaler"])

@@ -229,6 +229,8 @@ def test_a_metric_without_cuts_needs_none(metric):
 def test_filters_have_no_place_beside_a_data_set_that_comes_split():
     values = {"benchmark_filename": ["a", "b", "c"], "user_inter_num_interval": "[5,inf)"}
     refused("user_inter_num_interval: .* has no effect", values=values)
+    values["user_inter_num_interval"] = "[0, inf)"  # filters nothing
+    refused("no data set 'tiny'", values=values)
 
 
 def test_a_part_of_eval_args_leaves_the_rest_as_it_is(tmp_path):

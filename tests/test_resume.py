@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import recbole_mm
 from recbole_mm import trainer
-from recbole_mm.checkpoint import read
+from recbole_mm.checkpoint import read, write
 from recbole_mm.config import DATASETS
 from recbole_mm.errors import InputError
 from recbole_mm.models.mufasa import MUFASA
@@ -238,6 +238,14 @@ def test_changed_data_are_refused(cut, tmp_path):
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(InputError, match="the data have changed since this run"):
         recbole_mm.run(resume=cut, config_dict={"data_path": str(data.parent)})
+
+
+def test_weights_of_another_shape_are_refused_by_name(cut):
+    state = read(cut / "last.safetensors")
+    tensors = {n: t for n, t in state.tensors.items() if n != "model.LayerNorm.bias"}
+    write(cut / "last.safetensors", tensors, state.about)
+    with pytest.raises(InputError, match=r"those of another model: LayerNorm.bias \(absent there"):
+        recbole_mm.run(resume=cut)
 
 
 def test_histories_in_another_order_are_refused(cut, tmp_path):

@@ -126,6 +126,20 @@ def test_the_best_epoch_is_scored_and_not_the_last(monkeypatch):
     assert result["test_result"] == good["test_result"]
 
 
+def test_a_split_by_time_trains_every_model_on_the_same_and_says_when_nothing_is_late(tmp_path):
+    split = {"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}}
+    results = [run(model, **split) for model in ("BPR", "SASRecFast")]
+    assert_comparable(*map(protocol, results))
+    rows = [f"u{user}\ti{(user + time) % 30}\t{time}" for user in range(40) for time in range(8)]
+    (tmp_path / "lab").mkdir()
+    header = "user_id:token\titem_id:token\ttimestamp:float"
+    (tmp_path / "lab" / "lab.inter").write_text("\n".join([header, *rows]) + "\n")
+    with pytest.raises(InputError, match="no user of lab has a row in the test part of the split"):
+        recbole_mm.run(
+            "BPR", "lab", config_dict={**QUICK, **split, "data_path": str(tmp_path)}, saved=False
+        )
+
+
 def test_a_data_set_without_long_histories_is_refused(tmp_path):
     folder = tmp_path / "short"
     folder.mkdir()

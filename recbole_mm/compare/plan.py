@@ -22,7 +22,9 @@ from recbole_mm.config import (
     NO_NUMBERS,
     PROPERTIES,
     Config,
+    choose,
     digest_of_data,
+    parse_value,
     read_yaml,
     reads_features,
     reusable,
@@ -154,6 +156,7 @@ def plan(
                 for number, cell in enumerate(_cells(variant, config, seeds)):
                     by_seed.setdefault(number, []).append(cell)
     cells = [cell for number in sorted(by_seed) for cell in by_seed[number]]
+    _check_drawn_candidates(cells)
     if tuned is not None and not any(
         _tuned_file(Path(tuned), row.model, dataset) for row in rows for dataset in datasets
     ):
@@ -164,6 +167,23 @@ def plan(
         if not any(key in cell.values for cell in cells):
             raise InputError(f"command line: --{key}: no row of the table reads it; leave it out")
     return cells
+
+
+def _check_drawn_candidates(cells: Sequence[Cell]) -> None:
+    """Refuse rows that RecBole would rank among other candidates, before they are trained."""
+    for dataset in dict.fromkeys(cell.dataset for cell in cells):
+        drawn: dict[bool, Cell] = {}
+        for cell in cells:
+            modes = cell.values["eval_args"]["mode"]
+            modes = modes.values() if isinstance(modes, Mapping) else [modes]
+            if cell.dataset == dataset and any(str(m).startswith(("uni", "pop")) for m in modes):
+                drawn.setdefault(bool(cell.values["repeatable"]), cell)
+        if len(drawn) == 2:
+            raise InputError(
+                f"{drawn[True].row.label} and {drawn[False].row.label} cannot share a table of "
+                f"{dataset}: RecBole draws items of a user's past as candidates for the one and "
+                "not for the other; rank the whole catalogue, eval_args: {mode: full}"
+            )
 
 
 def _cells(row: Row, config: Config, seeds: Sequence[int] | int) -> Iterator[Cell]:
@@ -198,12 +218,28 @@ class _Common:
 
     def resolve(self, row: Row) -> Config:
         files = (*self.config_files, *_tuned_file(self.tuned, row.model, self.dataset))
-        values = {**self.config_dict, **row.values, **_FIXED}
-        for_all = [argument for argument in self.command_line if _key(argument) not in row.values]
+        own = dict(row.values)
         try:
-            return Config(row.model, self.dataset, files, values, for_all, shared=True)
+            if isinstance(own.get("eval_args"), Mapping):  # a part of them leaves the rest
+                given = {_key(a): a.partition("=")[2] for a in self.command_line}
+                for_all = parse_value(given.get("eval_args", "{}"))
+                own["eval_args"] = {
+                    **(for_all if isinstance(for_all, Mapping) else {}),
+                    **own["eval_args"],
+                }
+            if isinstance(own.get("modalities"), list):  # which of those that are declared
+                declared = self._config(row, files, {**own, "modalities": None})["modalities"]
+                own["modalities"] = choose(declared, own["modalities"])
+            return self._config(row, files, own)
         except InputError as error:
             raise InputError(f"{row.label} on {self.dataset}: {error}") from error
+
+    def _config(self, row: Row, files: Sequence[str | Path], own: Mapping[str, Any]) -> Config:
+        """The configuration of a row; what it has of its own is stronger than all else."""
+        own = {key: value for key, value in own.items() if value is not None or key != "modalities"}
+        values = {**self.config_dict, **own, **_FIXED}
+        for_all = [argument for argument in self.command_line if _key(argument) not in own]
+        return Config(row.model, self.dataset, files, values, for_all, shared=True)
 
 
 def _key(argument: str) -> str:

@@ -613,8 +613,8 @@ class MultimodalDataset(Dataset):
 
         RecBole's rule, on the exact times of all interactions. RecBole takes the moment from the
         rows of a sequential data set, of which a user has one fewer than interactions, and from
-        times in float32 for general models. Here both hold out the same; the first interaction of
-        a user is never held out.
+        times in float32 for general models. Here both train on and hold out the same; the first
+        interaction of a user is never held out, and not trained on alone.
         """
         lazy = isinstance(self, MultimodalSequentialDataset)
         if not self._orders_by_time or group_by is None:
@@ -624,16 +624,25 @@ class MultimodalDataset(Dataset):
                 f"eval_args: split TS is not possible for {self.config['model']}, whose data set "
                 "class keeps only the last items of a history; use LS"
             )
-        shares = [ratio / sum(ratios) for ratio in ratios]
-        boundary = np.percentile(self._all_times(), 100 * (1 - shares[-1]))
+        times = self._all_times()
+        if times.ndim > 1:
+            raise InputError(
+                f"eval_args: split TS needs {self.time_field} as it is, but numerical_features "
+                "makes it an embedded feature; leave it out there"
+            )
+        boundary = np.percentile(times, 100 * (1 - ratios[-1] / sum(ratios)))
         rows = self._grouped_rows(group_by)
         is_late = self.inter_feat[self.time_field].numpy()[rows.order] > boundary
         skipped = 1 if lazy else 0  # the first interaction of a user is no row
         n_early = np.bincount(rows.group[~is_late], minlength=len(rows.sizes)) + skipped
-        n_train = np.maximum((n_early * (shares[0] / (1 - shares[-1]))).astype(int), 1)
+        share = ratios[0] / (ratios[0] + ratios[1])
+        n_train = np.maximum(np.floor(n_early * share + 1e-9).astype(int), 1)
         place = rows.rank + skipped
         part = np.where(place < n_train[rows.group], 0, 1)
         part[is_late & (place > 0)] = 2
+        # alone in training, the first interaction is no target for a sequential model
+        n_in_train = np.bincount(rows.group[part == 0], minlength=len(rows.sizes)) + skipped
+        part[(part == 0) & (n_in_train < 2)[rows.group]] = -1
         return self._parts([rows.order[part == number] for number in range(len(_PARTS))])
 
     def _all_times(self) -> NDArray[np.float64]:

@@ -114,6 +114,34 @@ def test_what_a_variant_sets_is_not_overruled_by_keys_for_all_rows(tmp_path):
     assert {cell.values["epochs"] for cell in cells} == {7}
 
 
+GIVEN = "--modalities={text: {path: other.npy, ids: t.txt}, sound: {path: sound.npy, ids: t.txt}}"
+
+
+def test_a_list_of_modalities_picks_from_what_the_command_line_declares(tmp_path):
+    file = tmp_path / "variants.yaml"
+    file.write_text("quiet: {modalities: [text]}\n")
+    cells = plan(["SASRecMM", "SASRecMM+quiet"], ["tiny"], 1, command_line=[GIVEN], variants=file)
+    assert [list(cell.values["modalities"]) for cell in cells] == [["text", "sound"], ["text"]]
+    assert all(cell.values["modalities"]["text"]["path"] == "other.npy" for cell in cells)
+    subsets = plan(["SASRecMM"], ["tiny"], 1, command_line=[GIVEN], modality_ablation=True)
+    paths = [{d["path"] for d in cell.values["modalities"].values()} for cell in subsets]
+    assert paths == [{"other.npy", "sound.npy"}, {"other.npy"}, {"sound.npy"}, set()]
+
+
+def test_a_variant_changes_a_part_of_eval_args(tmp_path):
+    file = tmp_path / "variants.yaml"
+    file.write_text("last: {eval_args: {split: {LS: test_only}}}\n")
+    line = ["--eval_args={mode: uni50}"]
+    (cell,) = plan(["BPR+last"], ["tiny"], 1, command_line=line, variants=file)
+    assert cell.values["eval_args"]["split"] == {"LS": "test_only"}
+    assert cell.values["eval_args"]["mode"] == {"valid": "uni50", "test": "uni50"}
+
+
+def test_rows_with_other_drawn_candidates_are_refused_before_they_are_trained():
+    with pytest.raises(InputError, match="SASRec and BPR cannot share a table of tiny"):
+        plan(["BPR", "SASRec"], ["tiny"], 1, command_line=["--eval_args={mode: uni50}"])
+
+
 def test_a_shipped_data_set_is_found_beside_those_of_data_path(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()

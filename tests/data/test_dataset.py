@@ -1,4 +1,5 @@
 from collections import Counter, defaultdict
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -706,17 +707,19 @@ by_time = pytest.mark.skipif(
 )
 
 
-def expected_parts(rows, shares):
+def expected_parts(rows, ratios):
     """(user, item) of each part: later than a moment is test, before it the last are validation."""
-    boundary = np.percentile([time for _, _, time in rows], 100 * (1 - shares[2]))
+    train, valid, test = (Fraction(ratio, sum(ratios)) for ratio in ratios)
+    boundary = np.percentile([time for _, _, time in rows], 100 * float(1 - test))
     parts = [], [], []
     for user in {user for user, _, _ in rows}:
         history = sorted((row for row in rows if row[0] == user), key=lambda row: row[2])
         early = [row for row in history if row[2] <= boundary]
-        n_train = int(len(early) * shares[0] / (1 - shares[2]))
+        n_train = max(int(len(early) * train / (train + valid)), 1)
         for place, (_, item, time) in enumerate(history):
-            part = 0 if place < max(n_train, 1) else 2 if time > boundary else 1
-            parts[part].append((user, item))
+            part = 0 if place < n_train else 2 if time > boundary else 1
+            if part or n_train > 1:  # a first interaction alone is no target
+                parts[part].append((user, item))
     return [sorted(part) for part in parts]
 
 
@@ -725,18 +728,24 @@ def expected_parts(rows, shares):
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(seed=st.integers(0, 2**16), step=st.sampled_from([1, 100_000]))
-def test_a_split_by_time_is_exact_and_the_same_for_all_models(make, seed, step):
+@pytest.mark.parametrize("ratios", [[2, 1, 1], [7, 1, 2], [6, 2, 2]])
+def test_a_split_by_time_is_exact_and_the_same_for_all_models(make, seed, step, ratios):
     """Unix seconds, one second or a day apart: float32 holds a step of 128 s at most."""
     rng = np.random.default_rng(seed)
     times = 1_600_000_000 + step * rng.permutation(60)
     rows = [(f"u{rng.integers(8)}", f"i{rng.integers(9)}", int(time)) for time in times]
-    split = {"split": {"TS": [0.5, 0.25, 0.25]}, "order": "TO", "mode": "full"}
+    given = [ratio / sum(ratios) for ratio in ratios]
+    split = {"split": {"TS": given}, "order": "TO", "mode": "full"}
     config = make(inter=(INTER, rows))
     general = create_dataset(config("BPR", eval_args=split)).build()
     sequential = create_dataset(config("SASRec", eval_args=split)).build()
-    train, valid, test = expected_parts(rows, (0.5, 0.25, 0.25))
+    train, valid, test = expected_parts(rows, ratios)
     assert [pairs(part) for part in general] == [train, valid, test]
     assert [pairs(part) for part in sequential[1:]] == [valid, test]
+    users, items = sequential[0].training_interactions()
+    ids = sequential[0].field2id_token
+    histories = zip(ids["user_id"][users], ids["item_id"][items], strict=True)
+    assert sorted(histories) == train
 
 
 @by_time
@@ -749,6 +758,16 @@ def test_a_split_by_time_that_cannot_be_exact_is_refused(make, model, order, mes
     config = make(inter=(INTER, interactions()))
     with pytest.raises(InputError, match=message):
         create_dataset(config(model, eval_args=split)).build()
+
+
+@by_time
+@pytest.mark.parametrize("model", ["BPR", "SASRec"])
+def test_a_split_by_an_embedded_time_is_refused(make, model):
+    split = {"split": {"TS": [0.5, 0.25, 0.25]}, "order": "TO", "mode": "full"}
+    config = make(inter=(INTER, interactions()))
+    values = {"eval_args": split, "numerical_features": ["timestamp"]}
+    with pytest.raises(InputError, match="split TS needs timestamp as it is"):
+        create_dataset(config(model, **values)).build()
 
 
 @pytest.mark.parametrize("model", ["SASRec", "BPR"])
@@ -1044,7 +1063,9 @@ def test_report_counts_what_happened(make):
     )
     dataset = create_dataset(config)
     report = dataset.report
-    assert report.as_dict() == {
+    held = report.as_dict()
+    assert len(held.pop("histories")) == 12
+    assert held == {
         "dataset": "toy",
         "users": 2,
         "items": 6,

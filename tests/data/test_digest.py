@@ -47,3 +47,4 @@ def test_odd_names_and_links_that_lead_nowhere_are_left_to_the_reader(tmp_path):
     assert len(sha256_of(tmp_path / "a")) == 64
     (tmp_path / "a" / "gone.npy").symlink_to(tmp_path / "nowhere")
     assert stamp_of(tmp_path / "a")[0] > 0
+    assert len(sha256_of(tmp_path / "a")) == 64

@@ -676,6 +676,9 @@ def test_row_numbers_of_pandas_are_no_feature_and_no_ids(tmp_path, header):
     named = header.split(",")[1]
     file = read_features(tmp_path / "f.csv", id_col=named, column="f0")
     assert (file.tokens, file.values.tolist()) == (["3", "7"], [[0.5], [0.25]])
+    (tmp_path / "g.csv").write_text("Unnamed: 0,v0,v1\ni1,1,2\ni2,3,4\n")
+    file = read_features(tmp_path / "g.csv", id_col="Unnamed: 0")
+    assert (file.tokens, file.values.tolist()) == (["i1", "i2"], [[1, 2], [3, 4]])
 
 
 def test_the_index_column_of_pandas_parquet_is_no_feature(tmp_path):

@@ -25,7 +25,7 @@ def read_csv(path: Path, id_col: str | None, column: str | None) -> FeatureFile:
     at = column_position(path, header, id_col)
     chosen = [place for place in range(len(header)) if place != at]
     if column is None:
-        _refuse_index_columns(path, header)
+        _refuse_index_columns(path, [name for name in header if name != id_col])
     else:
         chosen = [column_position(path, header, column, "column")]
     if not chosen:
