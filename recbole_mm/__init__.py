@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from recbole_mm.models.mufasa import MUFASA
-    from recbole_mm.quick_start import objective_function, open_run, run
+    from recbole_mm.quick_start import explain_run, objective_function, open_run, run
     from recbole_mm.serving import load
 
 __version__ = "0.1.0"
 
-__all__ = ["MUFASA", "load", "objective_function", "open_run", "run"]
+__all__ = ["MUFASA", "explain_run", "load", "objective_function", "open_run", "run"]
 
 
 def __getattr__(name: str) -> Any:
     # on first use: importing RecBole takes seconds, which `--help` and the build need not wait for
-    if name in ("run", "open_run", "objective_function"):
+    if name in ("run", "open_run", "explain_run", "objective_function"):
         from recbole_mm import quick_start
 
         return getattr(quick_start, name)

@@ -390,6 +390,8 @@ def _download(known: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _files(known: argparse.Namespace) -> list[str]:
+    if Path(known.config_files).is_file():  # one, and perhaps with a blank in its name
+        return [known.config_files]
     try:
         return shlex.split(known.config_files)
     except ValueError as error:

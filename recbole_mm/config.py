@@ -20,7 +20,7 @@ from recbole_mm import compat, config_rules, distributed
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError, nearest
-from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model
+from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model, model_names
 
 _LOG = logging.getLogger(__name__)
 
@@ -200,6 +200,7 @@ class Config(RecBoleConfig):
             if model not in MODELS and recbole_model.is_file()
             else set()
         )
+        self.internal_config_dict.update(getattr(model_class, "common_config", {}))
         load_col = self.internal_config_dict.get("load_col") or {}
         # a model given as a class has the properties of those it derives from, and its own
         lineage = model_class.__mro__[::-1]
@@ -265,6 +266,13 @@ class Config(RecBoleConfig):
                     else:
                         chosen = list(value or [])
         final["modalities"] = choose(declared, chosen)
+        for name in final.get("hidden_features") or {}:
+            if name not in final["modalities"]:
+                raise InputError(
+                    f"hidden_features: {name!r} is no modality here"
+                    f"{nearest(str(name), final['modalities'])}; declared: "
+                    f"{', '.join(final['modalities']) or 'none'}"
+                )
         return final
 
     def _set_default_parameters(self) -> None:
@@ -331,11 +339,28 @@ class Config(RecBoleConfig):
 
     def _init_device(self) -> None:
         super()._init_device()
+        self._check_device()
         if self.final_config_dict["single_spec"]:
             device = compat.config_device(self.final_config_dict)
             if device.type == "cuda" and distributed.n_processes() > 1:
                 device = torch.device("cuda", distributed.rank())
             self.final_config_dict["device"] = device
+
+    def _check_device(self) -> None:
+        """Refuse what would be ignored, and say so where a GPU was asked for and none is there."""
+        final = self.final_config_dict
+        if "device" in self.external_config_dict:
+            raise InputError("device is no key to set: use_gpu: False is the CPU, gpu_id a GPU")
+        numbers = final["gpu_id"]
+        numbers = [numbers] if isinstance(numbers, (str, int)) else list(numbers)
+        if not re.fullmatch(r"(\d+(,\d+)*)?", ",".join(map(str, numbers)).replace(" ", "")):
+            raise InputError(
+                f"gpu_id must be numbers of GPUs such as 0 or '0,1', got {final['gpu_id']!r}"
+            )
+        asked = {**self.variable_config_dict, **self.cmd_config_dict}
+        wanted = ("gpu_id" in asked and final["gpu_id"] != "") or final["use_gpu"] is True
+        if {"gpu_id", "use_gpu"} & asked.keys() and wanted and not torch.cuda.is_available():
+            _LOG.warning("no GPU is found here, so that this runs on the CPU")
 
     def resolved(self) -> dict[str, Any]:
         """All values as plain data, ready for YAML or JSON, and for :meth:`reopened`."""
@@ -365,7 +390,16 @@ class Config(RecBoleConfig):
             InputError: as the constructor
         """
         values = reusable(read_yaml(Path(file)))
+        _check_class(values.get("model"), model, Path(file).parent)
         return cls(model, None, [values], config_dict, command_line)
+
+
+def _check_class(name: object, given: type | None, folder: Path) -> None:
+    if given is None and name not in model_names():
+        raise InputError(
+            f"{folder}: {name!r} is no model of this package or of RecBole; give its class, "
+            f"model={name}"
+        )
 
 
 def reusable(resolved: Mapping[str, Any]) -> dict[str, Any]:

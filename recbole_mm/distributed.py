@@ -17,6 +17,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle  # nosec B403  (its exception)
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from recbole_mm import compat, errors
-from recbole_mm.errors import EnvironmentFault, RecboleMMError
+from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
 
 T = TypeVar("T")
 
@@ -186,7 +187,7 @@ def launch(n: int, device_type: str, call: Callable[[], dict[str, Any]]) -> dict
         try:
             with compat.quiet_torch_of_children():
                 for process in processes:
-                    process.start()
+                    _start(process)
             failed = _first_failure(processes)
         finally:
             _end([process for process in processes if process.pid is not None])
@@ -194,6 +195,16 @@ def launch(n: int, device_type: str, call: Callable[[], dict[str, Any]]) -> dict
             raise _error(failed, processes[failed].exitcode or 0, Path(scratch), n)
         result: dict[str, Any] = json.loads(Path(scratch, "result.json").read_text("utf-8"))
     return result
+
+
+def _start(process: Any) -> None:
+    try:
+        process.start()
+    except (AttributeError, pickle.PicklingError) as error:
+        raise InputError(
+            f"the other processes cannot be sent what they are to do ({error}): define the model's "
+            "class at the top level of a module"
+        ) from error
 
 
 def _first_failure(processes: Sequence[Any]) -> int | None:
@@ -234,6 +245,11 @@ def _error(number: int, exit_code: int, scratch: Path, n: int) -> BaseException:
         if note["kind"]:
             kind: type[RecboleMMError] = getattr(errors, note["kind"])
             return kind(note["message"])
+    if not notes:
+        return InputError(
+            f"process {number} of {n} could not start (exit code {exit_code}): put the call below "
+            '`if __name__ == "__main__":` in a file of its own'
+        )
     first = min(notes, key=lambda note: note["time"], default={"message": f"exit code {exit_code}"})
     return RuntimeError(f"process {first.get('rank', number)} of {n} failed:\n{first['message']}")
 

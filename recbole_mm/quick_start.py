@@ -142,8 +142,9 @@ def _recboles_refusals(config: Config) -> Iterator[None]:
         if not known[-1].startswith("recbole."):
             raise
         raise InputError(
-            f"{config['dataset']}: RecBole refuses the data or a key that concerns them "
-            f"({type(error).__name__}: {error}); check load_col and the keys that name columns"
+            f"{config['model']} on {config['dataset']}: RecBole refuses the data or a key "
+            f"({type(error).__name__}: {error}); check the keys that this names, load_col and the "
+            "keys that name columns"
         ) from error
 
 
@@ -276,7 +277,8 @@ def _make(config: Config) -> _Made:
         raise InputError(f"no user of {config['dataset']} {reason}")
     init_seed(config["seed"], config["reproducibility"])
     try:
-        net = config.model_class(config, loaders[0]._dataset).to(config["device"])
+        with _recboles_refusals(config):
+            net = config.model_class(config, loaders[0]._dataset).to(config["device"])
     except RecboleMMError:
         raise
     except ValueError as error:
@@ -310,6 +312,7 @@ def _run(
         folder = RunFolder(config["checkpoint_dir"], config["dataset"], config["model"])
     with ExitStack() as stack:
         if folder is not None:
+            stack.enter_context(folder.held())
             stack.enter_context(folder.logging_to_file(config["state"]))
         if interrupted is not None:
             interrupted.write_yaml("config.yaml", resolved)
@@ -488,6 +491,11 @@ def _data_summary(config: Config, dataset: Any) -> dict[str, Any]:
         for modality in dataset.item_features.reports:
             features.append(modality.as_dict())
             lines.append(modality.line())
+        if not features:
+            lines.append(
+                f"no modalities are declared: {config['model']} learns from ids alone; declare "
+                "them in a config file (modalities)"
+            )
     elif config["modalities"]:
         lines.append(
             f"modalities {', '.join(config['modalities'])}: not loaded, "

@@ -11,6 +11,7 @@
 ``model.safetensors``  weights of the best epoch, and what they belong to
 ``items.safetensors``  features, categories and graphs of the items, for models that read them
 ``last.safetensors``   where the training stands, for ``--resume``
+``.lock``              there while a process is at work
 ``result.json``        the result dict of :func:`recbole_mm.run`
 ``per_user.npz``       what each test user got, if asked for: ``recbole_mm.evaluation.PerUser``
 ``log_tensorboard/``   RecBole's TensorBoard events
@@ -35,12 +36,13 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
 from recbole_mm import __version__, distributed
 from recbole_mm.checkpoint import Checkpoint, read, replacing, write, writing
-from recbole_mm.errors import EnvironmentFault
+from recbole_mm.errors import EnvironmentFault, InputError
 
 MODEL = "model.safetensors"
 STATE = "last.safetensors"
@@ -138,6 +140,32 @@ class RunFolder:
     def _write(self, name: str, content: bytes) -> None:
         with replacing(self.path / name) as temporary:
             temporary.write_bytes(content)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from going on with this run; the system frees it if this one dies.
+
+        Raises:
+            InputError: If another process is at work here.
+        """
+        place = self.path / ".lock"
+        try:
+            lock = FileLock(place)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"{self.path}: this run is still going on in another process; wait for its end"
+            ) from None
+        except OSError as error:
+            raise EnvironmentFault(
+                f"{place}: cannot be written ({error.strerror or error}); free space or point "
+                "checkpoint_dir at a folder that can be written"
+            ) from error
+        try:
+            yield
+        finally:
+            place.unlink(missing_ok=True)
+            lock.release()
 
     @contextmanager
     def logging_to_file(self, level: str) -> Iterator[None]:

@@ -28,7 +28,7 @@ from recbole_mm.data.features import FeatureTable, ModalityFeatures
 from recbole_mm.data.item_graph import ItemGraphs
 from recbole_mm.errors import InputError, NumericalError, nearest
 from recbole_mm.models.base import MultimodalSequentialRecommender
-from recbole_mm.registry import get_model
+from recbole_mm.registry import get_model, model_names
 from recbole_mm.run_folder import ITEMS, RunFolder
 
 _ENUMS = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
@@ -304,6 +304,11 @@ def load(
     saved = run.read_weights()
     items = ids[config["ITEM_ID_FIELD"]]
     _check(path, saved.about, kept.about, config, items)
+    if model is None and config["model"] not in model_names():
+        raise InputError(
+            f"{path}: {config['model']!r} is no model of this package or of RecBole; give its "
+            f"class, load(folder, model={config['model']})"
+        )
     model_class = model or get_model(config["model"])
     with compat.without_recboles_warnings():
         compat.set_numpy_names()
@@ -320,10 +325,20 @@ class _StoredConfig(dict[str, Any]):
         super().__init__(values)
         for key, kind in _ENUMS.items():
             self[key] = kind[values[key]]
-        self["device"] = torch.device(device) if device else compat.config_device(values)
+        self["device"] = _device(device) if device else compat.config_device(values)
 
     def __missing__(self, key: str) -> None:
         return None
+
+
+def _device(given: torch.device | str) -> torch.device:
+    try:
+        device = torch.device(given)
+    except RuntimeError as error:
+        raise InputError(f"device: {given!r} is none that torch knows; use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device: {given!r}, but no GPU is found here; leave it out")
+    return device
 
 
 def _check(

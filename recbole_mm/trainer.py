@@ -128,6 +128,14 @@ class TrainerMixin:
             self.start_epoch, kwargs["saved"] = self.epochs, False
         self._saved_at = time.monotonic()
         result = super().fit(train_data, valid_data, *args, **kwargs)  # type: ignore[misc]
+        if len(self.history) < self.epochs and self.history:
+            said = (
+                f"stopped after epoch {self.history[-1]['epoch']}: no better validation in "
+                f"{self.cur_step} evaluations (stopping_step {self.stopping_step})"
+            )
+            _LOG.info(said)
+            if not self._quiet:
+                tqdm.write(said)
         if not over:
             self._note_loaders()
             self._save_state(self.history[-1]["epoch"] + 1 if self.history else 0)

@@ -123,7 +123,31 @@ def test_options_are_written_out_and_known(arguments, message, capsys):
 def test_a_config_file_may_have_a_blank_in_its_name(tmp_path):
     file = tmp_path / "my own.yaml"
     file.write_text("model: Pop\ndataset: tiny\n")
-    assert run_main([f"--config_files='{file}'", f"--checkpoint_dir={tmp_path}"]) == 0
+    for given in (f"'{file}'", str(file)):
+        assert run_main([f"--config_files={given}", f"--checkpoint_dir={tmp_path}"]) == 0
+
+
+def test_what_a_run_does_and_does_not_do_is_said(tmp_path, capsys):
+    arguments = ["--model=SASRecMM", "--dataset=tiny", "--modalities={}", "--stopping_step=0"]
+    arguments += ["--epochs=30", "--learning_rate=0.5", f"--checkpoint_dir={tmp_path}"]
+    assert run_main(arguments) == 0
+    captured = capsys.readouterr()
+    assert "no modalities are declared: SASRecMM learns from ids alone" in captured.out
+    assert "no better validation in 1 evaluations (stopping_step 0)" in captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--selected_features=[nosuch]"], "no column 'nosuch' (selected_features); name some of"),
+        (["--load_col={inter: [item_id, timestamp]}"], "no column 'user_id' (USER_ID_FIELD)"),
+    ],
+)
+def test_columns_that_are_not_there_are_named(arguments, message, capsys):
+    assert run_main(["--model=SASRecF", "--dataset=tiny", "--epochs=1", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "did you mean 'user_id'" not in error
 
 
 def test_a_reader_that_has_enough_is_no_error():

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import yaml
 from recbole.model.sequential_recommender import SASRec
+from torch import nn
 
 import recbole_mm
 from recbole_mm.config import DATASETS, Config, parse_value, reusable
 from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.models.mufasa import MUFASA
 
 
@@ -379,3 +381,68 @@ def test_a_class_that_derives_from_one_of_ours_runs():
     values = {"epochs": 1, "show_progress": False, "MAX_ITEM_LIST_LENGTH": 10}
     result = recbole_mm.run(Hotter, "tiny", config_dict=values, saved=False)
     assert result["model"] == "Hotter"
+
+
+class Bare(MultimodalSequentialRecommender):
+    """The least that a model of one's own says: items, users, loss; a key of its own."""
+
+    default_config: ClassVar = {"width": 8}
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        self.item_embedding = nn.Embedding(self.n_items, config["width"], padding_idx=0)
+
+    def item_vectors(self, items):
+        return self.item_embedding(items)
+
+    def forward(self, item_seq, item_seq_len, items):
+        return items[item_seq].sum(1) / item_seq_len.clamp(min=1)[:, None]
+
+    def calculate_loss(self, interaction):
+        step = self.step_items(interaction)
+        return (self.next_item_loss(interaction, self.item_vectors(step.items), step),)
+
+
+def test_a_model_of_ones_own_needs_three_methods_and_no_file():
+    values = {"epochs": 1, "show_progress": False, "MAX_ITEM_LIST_LENGTH": 10}
+    assert recbole_mm.run(Bare, "tiny", config_dict=values, saved=False)["model"] == "Bare"
+    with pytest.raises(InputError, match=r"needs Bare.states, which is not defined"):
+        recbole_mm.run(Bare, "tiny", config_dict={**values, "train_objective": "all"}, saved=False)
+
+
+def test_the_run_of_a_class_asks_for_the_class(tmp_path):
+    values = {"epochs": 1, "show_progress": False, "checkpoint_dir": str(tmp_path)}
+    folder = recbole_mm.run(Bare, "tiny", config_dict=values)["run"]
+    with pytest.raises(InputError, match=r"give its class, load\(folder, model=Bare\)"):
+        recbole_mm.load(folder)
+    with pytest.raises(InputError, match=r"'Bare' is no model .* give its class, model=Bare"):
+        recbole_mm.open_run(folder)
+    assert recbole_mm.load(folder, model=Bare).recommend([["i001"]], k=2).items
+
+
+# ------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("value", ["cuda", "nonsense"])
+def test_the_device_is_chosen_by_other_keys(value):
+    refused("use_gpu: False is the CPU, gpu_id a GPU", line=[f"--device={value}"])
+
+
+def test_a_gpu_is_named_by_its_number():
+    refused("gpu_id must be numbers of GPUs such as 0 or '0,1', got 'abc'", line=["--gpu_id=abc"])
+
+
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_told(caplog, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config(line=["--gpu_id=0"])
+    assert "no GPU is found here" in caplog.text
+    caplog.clear()
+    config()
+    config(values={"use_gpu": False})
+    assert not caplog.text
+
+
+def test_hidden_features_are_those_of_modalities():
+    refused(
+        "'txt' is no modality here; did you mean 'text'", values={"hidden_features": {"txt": 5}}
+    )

@@ -235,6 +235,18 @@ def test_what_several_processes_cannot_do_is_refused_before_they_start(
     assert message in capsys.readouterr().err
 
 
+def test_what_cannot_be_sent_to_other_processes_is_refused():
+    with pytest.raises(InputError, match="at the top level of a module"):
+        distributed.launch(2, "cpu", lambda: {})
+
+
+def test_processes_that_never_began_are_told_by_their_cause(tmp_path):
+    error = distributed._error(1, 1, tmp_path, 2)
+    assert isinstance(error, InputError)
+    assert "process 1 of 2 could not start" in str(error)
+    assert '__name__ == "__main__"' in str(error)
+
+
 def test_each_process_needs_a_gpu_of_its_own(monkeypatch):
     from recbole_mm import quick_start
 

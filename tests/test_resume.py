@@ -19,6 +19,7 @@ from recbole_mm.checkpoint import read, write
 from recbole_mm.config import DATASETS
 from recbole_mm.errors import InputError
 from recbole_mm.models.mufasa import MUFASA
+from recbole_mm.run_folder import RunFolder
 from recbole_mm.training import TrainingLoop
 
 QUICK = {
@@ -238,6 +239,14 @@ def test_changed_data_are_refused(cut, tmp_path):
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + "\n")
     with pytest.raises(InputError, match="the data have changed since this run"):
         recbole_mm.run(resume=cut, config_dict={"data_path": str(data.parent)})
+
+
+def test_a_run_that_is_still_going_on_is_left_alone(cut):
+    with RunFolder.at(cut).held(), pytest.raises(InputError, match="still going on in another"):
+        recbole_mm.run(resume=cut)
+    assert not (cut / ".lock").exists()
+    assert recbole_mm.run(resume=cut)["epochs"] > 0
+    assert not (cut / ".lock").exists()
 
 
 def test_weights_of_another_shape_are_refused_by_name(cut):

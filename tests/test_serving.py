@@ -69,6 +69,15 @@ def test_a_loaded_model_ranks_as_the_live_one_did(model, folder):
     assert sum(a != b for a, b in zip(found.items, tokens, strict=True)) <= 1  # near ties
 
 
+@pytest.mark.parametrize(
+    ("device", "message"), [("gpu", "is none that torch knows"), ("cuda", "no GPU is found here")]
+)
+def test_a_device_that_is_not_there_is_refused(folder, device, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match=message):
+        recbole_mm.load(folder, device=device)
+
+
 def test_masked_items_are_not_recommended(folder):
     path, batch, _ = folder("MUFASA")
     served = recbole_mm.load(path)

@@ -209,6 +209,13 @@ class MultimodalDataset(Dataset):
             and (unload_col is None or field not in unload_col)
         ]
         name = getattr(source, "value", source)
+        if source is FeatureSource.ITEM:
+            for field in self.config["selected_features"] or ():
+                if field not in header:
+                    raise InputError(
+                        f"{filepath}: no column {field!r} (selected_features); name some of "
+                        f"{', '.join(header)}{nearest(str(field), header)}"
+                    )
         if not columns and source is not FeatureSource.INTERACTION:
             _LOG.warning("%s: load_col.%s names none of its columns", filepath, name)
             return None
@@ -217,7 +224,7 @@ class MultimodalDataset(Dataset):
                 raise InputError(
                     f"{filepath}: no column {field!r} ({key}) among those to be read: "
                     f"{', '.join(columns) or 'none'}; add it to load_col.{name}, or set {key}"
-                    f"{nearest(str(field), header)}"
+                    f"{'' if field in header else nearest(str(field), header)}"
                 )
             is_id = key in ("USER_ID_FIELD", "ITEM_ID_FIELD")
             if is_id and header[str(field)] is not FeatureType.TOKEN:

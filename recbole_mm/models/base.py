@@ -14,6 +14,7 @@ from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
 
+from recbole_mm.errors import InputError
 from recbole_mm.losses.ranking import gbce_loss, next_item_cross_entropy
 
 if TYPE_CHECKING:
@@ -40,8 +41,9 @@ class StepItems(NamedTuple):
 class MultimodalSequentialRecommender(SequentialRecommender):
     """A sequential recommender whose items carry frozen features of any number of modalities.
 
-    A subclass defines :meth:`item_vectors` (or :meth:`item_table`) and :meth:`forward`; scores are
-    dot products of the two.
+    A subclass defines :meth:`item_vectors` (or :meth:`item_table`), :meth:`forward` and
+    ``calculate_loss``, which may return :meth:`next_item_loss`; scores are dot products of the two.
+    With :meth:`states` it can be trained with ``train_objective: all``.
 
     Attributes:
         consumes_features: Whether the declared modalities are loaded for it.
@@ -51,6 +53,14 @@ class MultimodalSequentialRecommender(SequentialRecommender):
 
     input_type = InputType.POINTWISE
     consumes_features: ClassVar[bool] = True
+    # what this class reads; a properties file or `default_config` of a subclass is stronger
+    common_config: ClassVar[dict[str, Any]] = {
+        "train_neg_sample_args": None,
+        "initializer_range": 0.02,
+        "loss_memory_mb": 512,
+        "n_negatives": 0,
+        "gbce_t": 0.75,
+    }
     samples_negatives: ClassVar[bool] = False
     loss_names: tuple[str, ...] = ("next_item",)
 
@@ -123,7 +133,10 @@ class MultimodalSequentialRecommender(SequentialRecommender):
 
         Only a causal model has them; arguments as in :meth:`forward`.
         """
-        raise NotImplementedError
+        raise InputError(
+            f"train_objective all needs {type(self).__name__}.states, which is not defined; define "
+            "it, or set train_objective: last"
+        )
 
     def predict(self, interaction: Interaction) -> Tensor:
         """Scores ``(B,)`` of the item that each row names."""
