@@ -237,7 +237,7 @@ def test_what_several_processes_cannot_do_is_refused_before_they_start(
 
 def test_what_cannot_be_sent_to_other_processes_is_refused():
     with pytest.raises(InputError, match="at the top level of a module"):
-        distributed.launch(2, "cpu", lambda: {})
+        distributed.launch(2, "cpu", lambda: {"a": 1})
 
 
 def test_processes_that_never_began_are_told_by_their_cause(tmp_path):

@@ -75,7 +75,7 @@ def test_a_loaded_model_ranks_as_the_live_one_did(model, folder):
 def test_a_device_that_is_not_there_is_refused(folder, device, message, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(InputError, match=message):
-        recbole_mm.load(folder, device=device)
+        recbole_mm.load(folder("SASRecMM")[0], device=device)
 
 
 def test_masked_items_are_not_recommended(folder):
