@@ -242,6 +242,7 @@ def _add_download(commands: Any) -> None:
 def _guarded(action: Any) -> int:
     try:
         action()
+        sys.stdout.flush()  # here, not at the exit of Python, where nobody would notice
     except RecboleMMError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code

@@ -650,11 +650,13 @@ def test_hidden_features_are_nested_and_do_not_depend_on_the_order_of_ids():
 
 @pytest.mark.parametrize(
     ("percent", "message"),
-    [({"audio": 5}, "'audio' is not among"), ({"text": 101}, "outside"), ({"text": "x"}, "number")],
+    [
+        ({"audio": 5}, "'audio' is no modality here"),
+        ({"text": 101}, "outside"),
+        ({"text": "x"}, "number"),
+    ],
 )
 def test_hidden_features_must_be_percentages_of_loaded_modalities(percent, message):
-    config = Config(
-        "SASRecMM", "tiny", config_dict={"show_progress": False, "hidden_features": percent}
-    )
+    values = {"show_progress": False, "hidden_features": percent}
     with pytest.raises(InputError, match=message):
-        _ = create_dataset(config).item_features
+        _ = create_dataset(Config("SASRecMM", "tiny", config_dict=values)).item_features

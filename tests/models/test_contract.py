@@ -51,6 +51,9 @@ def evaluation_batch(world):
 @every_model
 def test_a_changed_buffer_renews_the_scoring_table(name, build):
     world = build(name)
+    for module in world.model.modules():  # features are those of the data set, of other tests too
+        for key, buffer in module._buffers.items():
+            module._buffers[key] = None if buffer is None else buffer.clone()
     batch = evaluation_batch(world)
     with torch.no_grad():
         world.model.full_sort_predict(batch)
@@ -66,7 +69,7 @@ def test_a_changed_buffer_renews_the_scoring_table(name, build):
 def test_trains_in_the_number_type_of_torch(name, build):
     torch.set_default_dtype(torch.float64)
     try:
-        world = build(name)
+        world = build(name, MAX_ITEM_LIST_LENGTH=11)  # a data set of its own
         losses = world.model.calculate_loss(batch_of(world))
     finally:
         torch.set_default_dtype(torch.float32)
