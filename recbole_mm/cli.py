@@ -260,7 +260,7 @@ def _guarded(action: Any) -> int:
 def _is_unread() -> bool:
     """Whether whoever reads our output has enough."""
     try:
-        sys.stdout.flush()
+        print(flush=True)  # noqa: T201  (what failed before is no longer in the buffer)
     except BrokenPipeError:
         return True
     return False
