@@ -69,11 +69,17 @@ def check_known(key: str, source: str, known: Iterable[str]) -> None:
 
 def check_eval_args(value: Mapping[str, Any], source: str) -> None:
     """Refuse a key of ``eval_args`` that RecBole does not read."""
-    known = ("split", "order", "group_by", "mode")
-    for key in value:
-        if key not in known:
+    _check_names("eval_args", value, ("split", "order", "group_by", "mode"), f" in {source}")
+
+
+def _check_names(
+    key: str, value: Mapping[str, Any], known: tuple[str, ...], where: str = ""
+) -> None:
+    """Refuse a name that a mapping of the configuration does not have."""
+    for name in value:
+        if name not in known:
             raise InputError(
-                f"eval_args: unknown key {key!r} in {source}{nearest(str(key), known)}; "
+                f"{key}: unknown key {name!r}{where}{nearest(str(name), known)}; "
                 f"known: {', '.join(known)}"
             )
 
@@ -292,18 +298,27 @@ def _has_cuts(metric: str) -> bool:
     return any(need in lists for need in needs)
 
 
+def _modes(config: Mapping[str, Any]) -> list[str]:
+    """Evaluation modes of validation and test; RecBole makes two of one."""
+    modes = (config["eval_args"] or {}).get("mode")
+    return [str(mode) for mode in (modes.values() if isinstance(modes, Mapping) else [modes])]
+
+
+def drawing_mode(config: Mapping[str, Any]) -> str | None:
+    """The evaluation mode that ranks drawn candidates, ``uniN`` or ``popN``, if there is one."""
+    return next((mode for mode in _modes(config) if mode.startswith(("uni", "pop"))), None)
+
+
 def check_modes(config: Mapping[str, Any]) -> None:
     """Refuse evaluation modes in which metrics or ``mask_history`` would not do what they say."""
-    modes = (config["eval_args"] or {}).get("mode")
-    modes = list(modes.values()) if isinstance(modes, Mapping) else [modes]
-    drawn = [mode for mode in modes if str(mode).startswith(("uni", "pop"))]
-    if drawn and config["mask_history"] and config["repeatable"]:
+    drawn = drawing_mode(config)
+    if drawn is not None and config["mask_history"] and config["repeatable"]:
         raise InputError(
-            f"mask_history: True has no effect on the candidates that mode {drawn[0]} draws for "
+            f"mask_history: True has no effect on the candidates that mode {drawn} draws for "
             "this model; rank the whole catalogue, eval_args: {mode: full}, or leave it out"
         )
     metrics = config["metrics"]
-    if "labeled" in modes and any(
+    if "labeled" in _modes(config) and any(
         metric_types[metric.lower()] is EvaluatorType.RANKING for metric in metrics
     ):
         raise InputError(
@@ -326,17 +341,13 @@ _ACTIVATIONS = ("gelu", "relu", "swish", "tanh", "sigmoid")  # of RecBole's Tran
 
 
 def _check_keys(config: Mapping[str, Any], key: str, known: tuple[str, ...]) -> None:
-    """Refuse a key that a mapping of the configuration does not have."""
+    """Refuse what is no mapping, or has a name that RecBole does not read."""
     value = config.get(key)
     if value is None:
         return
     if not isinstance(value, Mapping):
         raise InputError(f"{key} must be a mapping with {', '.join(known)}, got {value!r}")
-    for name in value:
-        if name not in known:
-            raise InputError(
-                f"{key}: unknown key {name!r}{nearest(str(name), known)}; known: {', '.join(known)}"
-            )
+    _check_names(key, value, known)
 
 
 def _check_ours(config: Mapping[str, Any], model: type) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from recbole_mm.config_rules import drawing_mode
 from recbole_mm.errors import InputError
 
 if TYPE_CHECKING:
@@ -132,9 +133,9 @@ def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protoco
 
 
 def _is_history_masked(config: Config) -> bool:
-    modes = config["eval_args"]["mode"].values()
-    drawn = any(mode.startswith(("uni", "pop")) for mode in modes)
-    return not config["repeatable"] if drawn else bool(config["mask_history"])
+    if drawing_mode(config.final_config_dict) is None:
+        return bool(config["mask_history"])
+    return not config["repeatable"]
 
 
 def _split_text(config: Config) -> str:

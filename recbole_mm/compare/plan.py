@@ -29,6 +29,7 @@ from recbole_mm.config import (
     reads_features,
     reusable,
 )
+from recbole_mm.config_rules import drawing_mode
 from recbole_mm.errors import InputError, nearest
 from recbole_mm.registry import MODELS
 
@@ -174,9 +175,7 @@ def _check_drawn_candidates(cells: Sequence[Cell]) -> None:
     for dataset in dict.fromkeys(cell.dataset for cell in cells):
         drawn: dict[bool, Cell] = {}
         for cell in cells:
-            modes = cell.values["eval_args"]["mode"]
-            modes = modes.values() if isinstance(modes, Mapping) else [modes]
-            if cell.dataset == dataset and any(str(m).startswith(("uni", "pop")) for m in modes):
+            if cell.dataset == dataset and drawing_mode(cell.values) is not None:
                 drawn.setdefault(bool(cell.values["repeatable"]), cell)
         if len(drawn) == 2:
             raise InputError(

@@ -42,11 +42,11 @@ def write_outputs(search: Search, config: Config, records: Sequence[Record]) -> 
         "failed": sum(r["error"] is not None for r in records),
         "config": str(path),
         "folder": str(search.folder),
-        "data_path": given_place(config),
+        "data_path": _given_place(config),
     }
 
 
-def given_place(config: Config) -> str | None:
+def _given_place(config: Config) -> str | None:
     """The ``data_path`` that the user has set; the best configuration does not repeat it."""
     if "data_path" not in config.external_config_dict:
         return None

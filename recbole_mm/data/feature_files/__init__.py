@@ -9,6 +9,8 @@ Shapes: R rows of a file, F feature width.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from recbole_mm.data.atomic import RECBOLES_FORMAT, AtomicFormat, read_header
@@ -102,12 +104,12 @@ def read_features(
     if kind == "headerless":
         return read_headerless(path, dim)
     if kind in TABLE_KINDS:
-        tables = {"parquet": read_parquet, "csv": read_csv}
-        file = (
-            read_atomic_file(path, id_col, column, atomic)
-            if kind == "atomic"
-            else tables[kind](path, id_col, column)
-        )
+        tables: dict[str, Callable[[Path, str | None, str | None], FeatureFile]] = {
+            "parquet": read_parquet,
+            "csv": read_csv,
+            "atomic": partial(read_atomic_file, atomic=atomic),
+        }
+        file = tables[kind](path, id_col, column)
     else:
         matrices = {
             "safetensors": read_safetensors,
