@@ -42,6 +42,7 @@ from recbole_mm import compat, distributed
 from recbole_mm.data.dataset import MultimodalSequentialDataset
 from recbole_mm.errors import InputError, NumericalError, nearest
 from recbole_mm.models.base import MultimodalSequentialRecommender
+from recbole_mm.ops.aligned_products import AlignedProducts, aligned_rows
 from recbole_mm.ops.ranking import Chunks, Places, places, top_k
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ _LOG = logging.getLogger(__name__)
 
 # Scores that are in work at once on a CPU, 16 MiB: more than the caches hold is slower.
 _CPU_TILE = 4 << 20
-_ALIGNED = 64  # scores, four cache lines
 _MOST_ITEMS = 1 << 31  # of a catalogue, where a pair of row and item is one number
 # Users of a product, if there are that many: fewer are slower.
 _ROWS = 128
@@ -256,8 +256,7 @@ class Ranker:
         items = self.model.scoring_table()  # (N, D)
         n_rows = min(len(vectors), max(_ROWS, self.tile // self.n_items))
         width = min(self.n_items, max(_ROWS, self.tile // n_rows))
-        # rows that begin at a cache line: the product takes twice as long where they do not
-        buffer = vectors.new_empty(n_rows, -(-width // _ALIGNED) * _ALIGNED)
+        buffer = aligned_rows(vectors, n_rows, width)
         for first in range(0, len(vectors), n_rows):
             some = vectors[first : first + n_rows]
             rows = slice(start + first, start + first + len(some))
@@ -290,7 +289,8 @@ class Ranker:
         return chunks
 
     def _full_sort(self, batch: Interaction) -> Tensor:
-        scores: Tensor = self.model.full_sort_predict(batch)
+        with AlignedProducts(self.n_items):
+            scores: Tensor = self.model.full_sort_predict(batch)
         return scores.reshape(-1, self.n_items)
 
     def _predict(self, batch: Interaction) -> Tensor:
