@@ -31,7 +31,7 @@ from recbole.data import data_preparation
 from recbole.utils import init_seed
 
 from recbole_mm.config import Config
-from recbole_mm.data.dataset import create_dataset
+from recbole_mm.data.create import create_dataset
 from recbole_mm.trainer import trainer_class
 
 SEED = 2020

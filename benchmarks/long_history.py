@@ -53,7 +53,7 @@ def worker(folder: str, length: int) -> None:
     from recbole.utils import init_seed
 
     from recbole_mm.config import Config
-    from recbole_mm.data.dataset import create_dataset
+    from recbole_mm.data.create import create_dataset
 
     torch.set_num_threads(1)
     modalities = {

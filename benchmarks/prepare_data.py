@@ -103,7 +103,7 @@ def config_of(folder: Path, length: int) -> Any:
 def creator(who: str) -> Any:
     from recbole.data.utils import create_dataset as recboles
 
-    from recbole_mm.data.dataset import create_dataset as ours
+    from recbole_mm.data.create import create_dataset as ours
 
     return {"recbole": recboles, "ours": ours}[who]
 

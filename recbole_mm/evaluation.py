@@ -39,7 +39,7 @@ from recbole.model.abstract_recommender import AbstractRecommender
 from torch import Tensor
 
 from recbole_mm import compat, distributed
-from recbole_mm.data.dataset import MultimodalSequentialDataset
+from recbole_mm.data.sequential_dataset import MultimodalSequentialDataset
 from recbole_mm.errors import InputError, NumericalError, nearest
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.ops.aligned_products import AlignedProducts, aligned_rows

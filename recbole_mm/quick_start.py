@@ -23,7 +23,7 @@ from recbole.utils import ModelType, init_seed
 from recbole_mm import compat, distributed, explain, protocol, serving
 from recbole_mm.checkpoint import Checkpoint, load_weights
 from recbole_mm.config import Config, reads_features
-from recbole_mm.data.dataset import create_dataset
+from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import EnvironmentFault, InputError, OutOfMemory, RecboleMMError
 from recbole_mm.run_folder import RunFolder, environment
 from recbole_mm.trainer import trainer_class

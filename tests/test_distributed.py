@@ -203,7 +203,7 @@ def test_an_interrupt_or_a_kill_of_the_first_ends_all(sent, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         # what a shell starts in the background ignores interrupts, and so do its children
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as running:
         until = time.monotonic() + 120
         while not list(tmp_path.glob("saved/*/*/*/metrics.jsonl")) and time.monotonic() < until:

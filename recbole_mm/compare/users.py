@@ -11,7 +11,7 @@ from recbole.evaluator.register import metrics_dict
 
 from recbole_mm import compat
 from recbole_mm.config import Config
-from recbole_mm.data.dataset import create_dataset
+from recbole_mm.data.create import create_dataset
 from recbole_mm.evaluation import PerUser
 from recbole_mm.protocol import Protocol
 

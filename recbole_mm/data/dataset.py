@@ -17,10 +17,8 @@ Keys of the configuration read here, besides RecBole's: ``on_bad_time``, ``mask_
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,27 +26,24 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-import recbole.data.dataset
 import torch
 from numpy.typing import NDArray
 from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset
 from recbole.data.interaction import Interaction
-from recbole.utils import FeatureSource, FeatureType, ModelType
+from recbole.utils import FeatureSource, FeatureType
 from torch import Tensor
 
+from recbole_mm.data import splitting
 from recbole_mm.data.atomic import AtomicFormat, AtomicTable, read_atomic, read_header
 from recbole_mm.data.categories import CategoryTable
 from recbole_mm.data.cold_start import newest_items
 from recbole_mm.data.derive import resolve_declarations
 from recbole_mm.data.features import FeatureTable, load_features
 from recbole_mm.data.report import DataReport, FilterStep, PartCount
-from recbole_mm.data.sequences import Histories, SequenceRows, ranges
+from recbole_mm.data.sequences import take
 from recbole_mm.errors import InputError, nearest
 
 _LOG = logging.getLogger(__name__)
-
-TARGET_ROW = "_target_row"
-"""Field of an evaluation batch, with ``mask_history``: where :meth:`history` finds the past."""
 
 _PARTS = ("train", "valid", "test")
 _KNOWLEDGE_FIELDS = (
@@ -59,55 +54,25 @@ _MISSING_TEXT = ("", "_")
 _T = TypeVar("_T")
 
 
-def create_dataset(config: Any) -> Dataset:
-    """The data set of ``config["model"]``: RecBole's choice of class, on our floor.
-
-    Nothing is read from or written to a pickled cache, which would ignore the contents of files.
-
-    Raises:
-        InputError: If a file or a key of the configuration is at fault.
-    """
-    classes = recbole.data.dataset
-    by_type = {
-        ModelType.SEQUENTIAL: SequentialDataset,
-        ModelType.KNOWLEDGE: KnowledgeBasedDataset,
-    }
-    base = getattr(classes, f"{config['model']}Dataset", None)
-    if base is None:
-        base = by_type.get(config["MODEL_TYPE"], Dataset)
-    return on_our_floor(base)(config)
-
-
-@functools.cache
-def on_our_floor(base: type[Dataset]) -> type[MultimodalDataset]:
-    """RecBole's data set class ``base`` over :class:`MultimodalDataset`.
-
-    Sequences are gathered in each batch unless ``base`` augments them in its own way (DIEN).
-    """
-    lazy = getattr(base, "data_augmentation", None) is SequentialDataset.data_augmentation
-    floor = MultimodalSequentialDataset if lazy else MultimodalDataset
-    if issubclass(floor, base):
-        return floor
-    return type(f"Multimodal{base.__name__}", (floor, base), {"__doc__": base.__doc__})
-
-
 class MultimodalDataset(Dataset):
     """RecBole's ``Dataset``, reading, ordering and splitting as the module says.
 
     Attributes:
         report: Counts; those of the split are there after :meth:`build`.
+        gathers_histories: Whether rows point at whole histories, of which the first interaction of
+            a user is no row.
 
     Raises:
         InputError: If a file is missing or malformed, or the filters leave nothing.
     """
 
     report: DataReport
+    gathers_histories = False
     inter_feat: Any  # a frame, then RecBole's Interaction
 
     def _from_scratch(self) -> None:
         sequential = isinstance(self, SequentialDataset)
-        lazy = isinstance(self, MultimodalSequentialDataset)
-        if self.config["mask_history"] and sequential and not lazy:
+        if self.config["mask_history"] and sequential and not self.gathers_histories:
             raise InputError(
                 f"mask_history: True is not possible for {self.config['model']}, whose data set "
                 "class keeps only the last items of a history; set mask_history: False"
@@ -482,8 +447,9 @@ class MultimodalDataset(Dataset):
         self.inter_feat = self.inter_feat.iloc[order].reset_index(drop=True)
 
     def _find_cold_items(self) -> None:
-        lazy = isinstance(self, MultimodalSequentialDataset)
-        if not self._orders_by_time or (isinstance(self, SequentialDataset) and not lazy):
+        if not self._orders_by_time or (
+            isinstance(self, SequentialDataset) and not self.gathers_histories
+        ):
             raise InputError(
                 f"cold_items is not possible for {self.config['model']} with this data: it needs "
                 "eval_args order TO and a model whose data set keeps whole histories; set "
@@ -568,7 +534,7 @@ class MultimodalDataset(Dataset):
         users = self.inter_feat[self.uid_field]
         keep = ~is_cold[self.inter_feat[self.iid_field]]
         keep &= torch.bincount(users[keep], minlength=self.user_num)[users] > 1
-        self.inter_feat = _take(self.inter_feat, keep.nonzero().squeeze(1))
+        self.inter_feat = take(self.inter_feat, keep.nonzero().squeeze(1))
 
     def _prepare_parts(self, parts: list[Dataset]) -> None:
         """What a subclass does to the parts of a split before they are counted."""
@@ -584,31 +550,26 @@ class MultimodalDataset(Dataset):
         same: with two interactions a user is only trained on, with three also tested, with more
         also validated.
         """
-        held = {"valid_and_test": (1, 2), "valid_only": (1,), "test_only": (2,)}
-        if leave_one_mode not in held or group_by is None:
+        held_out = {"valid_and_test": (1, 2), "valid_only": (1,), "test_only": (2,)}
+        if leave_one_mode not in held_out or group_by is None:
             raise InputError(
-                f"eval_args: split LS takes one of {', '.join(held)} and USER_ID_FIELD, got "
+                f"eval_args: split LS takes one of {', '.join(held_out)} and USER_ID_FIELD, got "
                 f"{leave_one_mode!r} and {group_by!r}"
             )
-        rows = self._grouped_rows(group_by)
         spare = 1 if isinstance(self, SequentialDataset) else 2  # rows that stay in training
-        places = np.array([0, *held[leave_one_mode]])
-        n_held = np.clip(rows.sizes - spare, 0, len(places) - 1)[rows.group]
-        from_end = rows.sizes[rows.group] - 1 - rows.rank
-        part = np.where(from_end < n_held, places[np.maximum(len(places) - 1 - from_end, 0)], 0)
-        return self._parts([rows.order[part == number] for number in range(len(_PARTS))])
+        held = held_out[leave_one_mode]
+        return self._parts(splitting.last_rows(self._column(group_by), held, spare))
 
     def split_by_ratio(self, ratios: list[float], group_by: str | None = None) -> list[Dataset]:
         """As RecBole, without its lists of row numbers."""
         shares = [ratio / sum(ratios) for ratio in ratios]
+
+        def bounds(n_rows: int) -> list[int]:
+            return list(self._calcu_split_ids(tot=n_rows, ratios=shares))
+
         if group_by is None:
-            bounds = self._calcu_split_ids(tot=len(self), ratios=shares)
-            return self._parts(np.split(np.arange(len(self)), bounds))
-        rows = self._grouped_rows(group_by)
-        sizes, which = np.unique(rows.sizes, return_inverse=True)
-        bounds = np.array([self._calcu_split_ids(tot=int(n), ratios=shares) for n in sizes])
-        part = (rows.rank[:, None] >= bounds[which][rows.group]).sum(axis=1)
-        return self._parts([rows.order[part == number] for number in range(len(shares))])
+            return self._parts(np.split(np.arange(len(self)), bounds(len(self))))
+        return self._parts(splitting.shares(self._column(group_by), bounds, len(shares)))
 
     @property
     def _splits_by_time(self) -> bool:
@@ -623,10 +584,9 @@ class MultimodalDataset(Dataset):
         times in float32 for general models. Here both train on and hold out the same; the first
         interaction of a user is never held out, and not trained on alone.
         """
-        lazy = isinstance(self, MultimodalSequentialDataset)
         if not self._orders_by_time or group_by is None:
             raise InputError("eval_args: split TS needs order: TO and USER_ID_FIELD")
-        if isinstance(self, SequentialDataset) and not lazy:
+        if isinstance(self, SequentialDataset) and not self.gathers_histories:
             raise InputError(
                 f"eval_args: split TS is not possible for {self.config['model']}, whose data set "
                 "class keeps only the last items of a history; use LS"
@@ -637,31 +597,25 @@ class MultimodalDataset(Dataset):
                 f"eval_args: split TS needs {self.time_field} as it is, but numerical_features "
                 "makes it an embedded feature; leave it out there"
             )
-        boundary = np.percentile(times, 100 * (1 - ratios[-1] / sum(ratios)))
-        rows = self._grouped_rows(group_by)
-        is_late = self.inter_feat[self.time_field].numpy()[rows.order] > boundary
-        skipped = 1 if lazy else 0  # the first interaction of a user is no row
-        n_early = np.bincount(rows.group[~is_late], minlength=len(rows.sizes)) + skipped
-        share = ratios[0] / (ratios[0] + ratios[1])
-        n_train = np.maximum(np.floor(n_early * share + 1e-9).astype(int), 1)
-        place = rows.rank + skipped
-        part = np.where(place < n_train[rows.group], 0, 1)
-        part[is_late & (place > 0)] = 2
-        # alone in training, the first interaction is no target for a sequential model
-        n_in_train = np.bincount(rows.group[part == 0], minlength=len(rows.sizes)) + skipped
-        part[(part == 0) & (n_in_train < 2)[rows.group]] = -1
-        return self._parts([rows.order[part == number] for number in range(len(_PARTS))])
+        parts = splitting.before_and_after(
+            self._column(group_by),
+            self._column(self.time_field),
+            moment=np.percentile(times, 100 * (1 - ratios[-1] / sum(ratios))),
+            train_share=ratios[0] / (ratios[0] + ratios[1]),
+            n_before=1 if self.gathers_histories else 0,
+        )
+        return self._parts(parts)
 
     def _all_times(self) -> NDArray[np.float64]:
-        times: NDArray[np.float64] = self.inter_feat[self.time_field].numpy()
-        return times
+        return self._column(self.time_field)
 
-    def _grouped_rows(self, field: str) -> _GroupedRows:
-        return _GroupedRows(self.inter_feat[field].numpy())
+    def _column(self, field: str) -> NDArray[Any]:
+        column: NDArray[Any] = self.inter_feat[field].numpy()
+        return column
 
-    def _parts(self, rows: Iterable[NDArray[np.int64]]) -> list[Dataset]:
+    def _parts(self, rows: Iterable[splitting.Rows]) -> list[Dataset]:
         self._drop_unused_col()
-        return [self.copy(_take(self.inter_feat, torch.from_numpy(part))) for part in rows]
+        return [self.copy(take(self.inter_feat, torch.from_numpy(part))) for part in rows]
 
     # ------------------------------------------------------------------ side information
 
@@ -765,191 +719,6 @@ class MultimodalDataset(Dataset):
         cells = dict(zip(frame[self.iid_field], frame[field], strict=True))
         found = [cells.get(token, default) for token in self.item_tokens[1:]]
         return [default, *(default if isinstance(cell, float) else cell for cell in found)]
-
-
-class MultimodalSequentialDataset(MultimodalDataset, SequentialDataset):
-    """RecBole's ``SequentialDataset`` whose sequences are gathered when a batch is made.
-
-    Batches equal RecBole's, bit for bit, apart from the time, which is float64.
-
-    With ``train_objective: all`` a training row is a window instead of a prefix: up to L items of a
-    user's training history in ``item_id_list``, the item that follows each of them in
-    ``item_id_target_list`` (0 where padding), the last of these in ``item_id``. The windows of a
-    user do not overlap and end at the last training target, so that each target of the prefix rows
-    occurs once. Validation and test rows stay as they are.
-
-    With ``mask_history`` an evaluation batch has the field ``_target_row``, for :meth:`history`.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self._serves_evaluation = False
-        if config["benchmark_filename"] is not None:
-            for key, value in (("mask_history", True), ("train_objective", "all")):
-                if config[key] == value:
-                    raise InputError(
-                        f"{key}: {value} needs whole histories, but benchmark_filename "
-                        f"gives lists that are cut already; remove one of the two"
-                    )
-        super().__init__(config)
-
-    def data_augmentation(self) -> None:
-        """A row for every prefix of a user's history, without its lists."""
-        self._aug_presets()
-        target_list = f"{self.iid_field}_target{self.config['LIST_SUFFIX']}"
-        if self._predicts_everywhere:
-            self.set_field_property(
-                target_list,
-                FeatureType.TOKEN_SEQ,
-                FeatureSource.INTERACTION,
-                self.max_item_list_len,
-            )
-        self.sort(by=self.uid_field)  # stable: the order of time holds within a user
-        columns = self.inter_feat.interaction
-        users = columns[self.uid_field]
-        is_first = torch.ones(len(users), dtype=torch.bool)
-        is_first[1:] = users[1:] != users[:-1]
-        source = Histories(
-            columns=columns,
-            first=is_first.nonzero().squeeze(1),
-            lists={
-                field: getattr(self, f"{field}_list_field")
-                for field in columns
-                if field != self.uid_field
-            },
-            targets=(self.iid_field, target_list),
-            length_field=self.item_list_length_field,
-            max_length=self.max_item_list_len,
-        )
-        self.inter_feat = source.prefixes()
-
-    def _leave_out(self, is_cold: Tensor) -> None:
-        """Likewise, out of the targets and out of the histories that lead to them."""
-        rows = self.inter_feat
-        self.inter_feat = rows.without(is_cold[rows.source.columns[self.iid_field]])
-
-    def _all_times(self) -> NDArray[np.float64]:
-        times: NDArray[np.float64] = self.inter_feat.source.columns[self.time_field].numpy()
-        return times
-
-    @property
-    def _predicts_everywhere(self) -> bool:
-        return self.config["train_objective"] == "all"
-
-    def _prepare_parts(self, parts: list[Dataset]) -> None:
-        for part in parts[1:]:
-            part._serves_evaluation = True
-        if self._predicts_everywhere:
-            parts[0].inter_feat = parts[0].inter_feat.windows()
-
-    def _n_targets(self) -> int:
-        feat = self.inter_feat
-        return len(feat.targets()) if isinstance(feat, SequenceRows) else len(feat)
-
-    def __getitem__(self, index: Any, join: bool = True) -> Interaction:
-        """Rows with their lists, joined with the features of their user and item."""
-        rows = self.inter_feat[index]
-        if isinstance(rows, SequenceRows):
-            target = rows.target
-            rows = rows.gather()
-            if self._serves_evaluation and self.config["mask_history"]:
-                rows[TARGET_ROW] = target
-        return self.join(rows) if join else rows
-
-    def inter_matrix(self, form: str = "coo", value_field: str | None = None) -> Any:
-        """RecBole's user-item matrix of the interactions of this part."""
-        feat = self.inter_feat
-        if not isinstance(feat, SequenceRows):
-            return super().inter_matrix(form, value_field)
-        return self._create_sparse_matrix(
-            _take(Interaction(dict(feat.source.columns)), feat.interactions()),
-            self.uid_field,
-            self.iid_field,
-            form,
-            value_field,
-        )
-
-    def training_interactions(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Users and items of this part's interactions, by user and, within a user, exact time.
-
-        Of a training part these are the true histories, each interaction once, however many
-        prefix rows or windows repeat it; nothing of validation or test is among them.
-
-        Returns:
-            Two arrays of internal ids, of the same length.
-
-        Raises:
-            InputError: If the data come as lists, which do not say what is one interaction.
-        """
-        if not isinstance(self.inter_feat, SequenceRows):
-            raise InputError(
-                f"{self.config['model']} learns from whole training histories, but "
-                "benchmark_filename gives lists that are cut already; give .inter"
-            )
-        columns = self.inter_feat.source.columns
-        rows = torch.sort(self.inter_feat.interactions()).values
-        return columns[self.uid_field][rows].numpy(), columns[self.iid_field][rows].numpy()
-
-    def counter(self, field: str) -> Counter[Any]:
-        """How often each id of a token field is a target."""
-        feat = self.inter_feat
-        if isinstance(feat, SequenceRows) and feat.is_windows:
-            return Counter(feat.source.columns[field][feat.targets()].numpy())
-        return super().counter(field)
-
-    def history(self, interaction: Interaction) -> tuple[Tensor, Tensor]:
-        """All earlier items of the user of each evaluation row, not only the last L.
-
-        The target of a row is left out of its own history, as RecBole's general loaders do.
-
-        Args:
-            interaction: A batch of this part, from a data set with ``mask_history``.
-
-        Returns:
-            Two tensors of the same length, so that ``scores[history] = -inf`` masks: the number of
-            a row in the batch, and the internal id of an item that the row's user had before.
-
-        Raises:
-            InputError: If the batch does not come from an evaluation part with ``mask_history``.
-        """
-        if TARGET_ROW not in interaction:
-            raise InputError(
-                "the batch has no history: it is not of an evaluation part of a data set built "
-                "with mask_history: True"
-            )
-        target = interaction[TARGET_ROW].cpu()
-        source = self.inter_feat.source
-        first = source.first_of(target)
-        row, position = ranges(first, target - first)
-        items = source.columns[self.iid_field]
-        is_other = items[position] != items[target][row]
-        device = interaction[TARGET_ROW].device
-        return row[is_other].to(device), items[position[is_other]].to(device)
-
-
-class _GroupedRows:
-    """Rows sorted by group; groups in the order of their first row, rows in their own.
-
-    Attributes:
-        order: Row numbers.
-        group: Number of the group of each row of ``order``.
-        rank: Place of each row of ``order`` within its group.
-        sizes: Number of rows of each group.
-    """
-
-    def __init__(self, keys: NDArray[Any]) -> None:
-        codes = pd.factorize(keys)[0]
-        self.order: NDArray[np.int64] = np.argsort(codes, kind="stable")
-        self.group: NDArray[np.int64] = codes[self.order]
-        self.sizes: NDArray[np.int64] = np.bincount(codes)
-        before = np.cumsum(self.sizes) - self.sizes
-        self.rank: NDArray[np.int64] = np.arange(len(codes)) - before[self.group]
-
-
-def _take(feat: Interaction, rows: Tensor) -> Interaction:
-    """Rows of an interaction; RecBole would turn the index into a list first."""
-    if isinstance(feat, SequenceRows):
-        return feat[rows]
-    return Interaction({field: feat[field][rows] for field in feat})
 
 
 def _tokens(column: pd.Series, kind: FeatureType) -> Iterable[Any]:

@@ -214,3 +214,10 @@ def ranges(start: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     number = torch.repeat_interleave(size)
     before = size.cumsum(0) - size
     return number, start[number] + torch.arange(len(number)) - before[number]
+
+
+def take(feat: Interaction, rows: Tensor) -> Interaction:
+    """Rows of an interaction; RecBole would turn the index into a list first."""
+    if isinstance(feat, SequenceRows):
+        return feat[rows]
+    return Interaction({field: feat[field][rows] for field in feat})

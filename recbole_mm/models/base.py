@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
 
     from recbole_mm.config import Config
-    from recbole_mm.data.dataset import MultimodalSequentialDataset
+    from recbole_mm.data.sequential_dataset import MultimodalSequentialDataset
 
 
 class StepItems(NamedTuple):

@@ -6,7 +6,7 @@ import pytest
 
 from recbole_mm.config import Config
 from recbole_mm.data.cold_start import newest_items
-from recbole_mm.data.dataset import create_dataset
+from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import InputError
 from recbole_mm.protocol import describe
 

@@ -11,13 +11,9 @@ from recbole.data.utils import create_dataset as recbole_create_dataset
 from recbole.data.utils import data_preparation
 from recbole.utils import init_seed
 
-from recbole_mm.data.dataset import (
-    TARGET_ROW,
-    MultimodalDataset,
-    MultimodalSequentialDataset,
-    create_dataset,
-    on_our_floor,
-)
+from recbole_mm.data.create import create_dataset, on_our_floor
+from recbole_mm.data.dataset import MultimodalDataset
+from recbole_mm.data.sequential_dataset import TARGET_ROW, MultimodalSequentialDataset
 from recbole_mm.errors import InputError
 
 INTER = "user_id:token item_id:token timestamp:float"

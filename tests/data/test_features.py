@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recbole_mm.config import Config
-from recbole_mm.data.dataset import create_dataset
+from recbole_mm.data.create import create_dataset
 from recbole_mm.data.feature_files import save_features
 from recbole_mm.data.features import FeatureTable, load_features
 from recbole_mm.errors import InputError

@@ -9,7 +9,7 @@ from recbole.data.interaction import Interaction
 from torch.testing import assert_close
 
 from recbole_mm.config import DATASETS, PROPERTIES, Config
-from recbole_mm.data.dataset import create_dataset
+from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import InputError
 from recbole_mm.models.mdsrec import MDSRec
 from tests.models.conftest import SMALL
