@@ -494,7 +494,7 @@ def large_evaluation(of_recbole: bool) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        found = measure(SIDES[0 if of_recbole else 2], 5_000, 100_000, 4_096)
+        found = measure(SIDES[0 if of_recbole else -1], 5_000, 100_000, 4_096)
     except (MemoryError, RuntimeError) as error:
         taken = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
         said = str(error).splitlines()[0]

@@ -58,7 +58,7 @@ def fault(*names: str) -> tuple[str, ...]:
 
 
 ATOMIC, DATASET, DERIVE = "data/atomic.py", "data/dataset.py", "data/derive.py"
-FEATURES = "data/features.py"
+FEATURES, RANKER = "data/features.py", "evaluation/ranker.py"
 FILES, COMMON, ARRAYS, TABLES = (
     f"data/feature_files/{name}.py" for name in ("__init__", "common", "arrays", "tables")
 )
@@ -304,7 +304,7 @@ GUARDS = [
         (T_TRAINING + "a_pretraining_loss_that_is_not_finite_names_its_terms_and_batch",),
     ),
     Guard(
-        *(34, "evaluation.py", "if not math.isfinite(scores.sum()):", "if False:"),
+        *(34, RANKER, "if not math.isfinite(scores.sum()):", "if False:"),
         (T_EVALUATION + "case_34_a_score_that_is_not_finite_is_named",),
     ),
     Guard(
@@ -320,13 +320,13 @@ GUARDS = [
     ),
     Guard(
         36,
-        "evaluation.py",
+        RANKER,
         "self.tile = min(self.most_scores, _CPU_TILE) if on_cpu else self.most_scores",
         "self.tile = 2**62",
         (T_EVALUATION + "case_36_a_large_evaluation_stays_within_its_budget",),
     ),
     Guard(
-        *(37, "evaluation.py", "                if step == 1:\n", "                if True:\n"),
+        *(37, RANKER, "                if step == 1:\n", "                if True:\n"),
         (T_EVALUATION + "case_37_a_full_device_halves_the_users_and_finishes",),
     ),
     # ------------------------------------------------------------------ persistence

@@ -1,17 +1,4 @@
-"""Ranking metrics at a bounded memory, under RecBole's evaluator; results of single users.
-
-RecBole's trainer asks for the scores of a batch of users, its collector ranks them, its evaluator
-computes the metrics. Here the batch comes back ranked already (:class:`Ranked`), made in pieces
-whose scores stay within ``eval_memory_mb``; :class:`Collector` hands RecBole's evaluator what it
-expects. Every metric is RecBole's own, and equal to what RecBole gives wherever scores have no
-ties; ties are drawn without bias (:mod:`recbole_mm.ops.ranking`).
-
-- Full ranking of our models: vectors of users times chunks of the item table.
-- Full ranking of RecBole's models: ``full_sort_predict`` for as many users as the memory allows;
-  what a model allocates besides its scores is its own.
-- Sampled candidates (``uni100``, ``pop100``): RecBole's path, which holds users x items; ties are
-  drawn here too.
-- Value metrics of context-aware models: RecBole's path, untouched.
+"""Scores of a batch of users, made and ranked in pieces.
 
 Shapes: B users of a batch, N items, k length of the lists, P pairs of a row and a target.
 """
@@ -20,27 +7,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
-from zipfile import BadZipFile
 
-import numpy as np
-import pandas as pd
 import torch
-from numpy.typing import NDArray
-from recbole.data.dataloader.general_dataloader import FullSortEvalDataLoader
-from recbole.evaluator.base_metric import TopkMetric
-from recbole.evaluator.collector import Collector as RecBoleCollector
-from recbole.evaluator.evaluator import Evaluator as RecBoleEvaluator
-from recbole.evaluator.register import metrics_dict
 from recbole.model.abstract_recommender import AbstractRecommender
 from torch import Tensor
 
-from recbole_mm import compat, distributed
 from recbole_mm.data.sequential_dataset import MultimodalSequentialDataset
-from recbole_mm.errors import InputError, NumericalError, nearest
+from recbole_mm.errors import NumericalError
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.ops.aligned_products import AlignedProducts, aligned_rows
 from recbole_mm.ops.ranking import Chunks, Places, places, top_k
@@ -63,10 +38,6 @@ _FEW_ROWS = 32
 _COPIES = 8
 # What one pair of user and item takes inside a model that only has `predict`: about 1,000 floats.
 _BYTES_A_PAIR = 4096
-
-
-# What a collector holds a row of for each row of the evaluation.
-_OF_ROWS = ("rec.topk", "rec.meanrank", "rec.score", "rec.items", "data.label")
 
 
 class Ranked(NamedTuple):
@@ -364,262 +335,4 @@ def _unranked(users: Tensor, targets: _Pairs, *, k: int, placed: bool) -> Ranked
         )
         if placed
         else None,
-    )
-
-
-def _joined(parts: list[Ranked]) -> Ranked:
-    """Batches as one."""
-    offsets = np.cumsum([0, *(len(part.users) for part in parts[:-1])]).tolist()
-    rows = torch.cat([part.rows + o for part, o in zip(parts, offsets, strict=True)])
-    found = [part.places for part in parts if part.places is not None]
-    return Ranked(
-        torch.cat([part.users for part in parts]),
-        torch.cat([part.topk for part in parts]),
-        torch.cat([part.hits for part in parts]),
-        rows,
-        torch.cat([part.targets for part in parts]),
-        Places(*(torch.cat(pair) for pair in zip(*found, strict=True))) if found else None,
-    )
-
-
-class Collector(RecBoleCollector):
-    """RecBole's collector, for batches that come ranked.
-
-    Attributes:
-        kept: Batches since the last :meth:`take`, while ``keeps`` is set.
-    """
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.keeps = False
-        self.kept: list[Ranked] = []
-
-    @property
-    def wants(self) -> dict[str, Any]:
-        """Arguments of :func:`rank` for the metrics of the configuration."""
-        return {
-            "k": max(self.topk),
-            "placed": self.keeps or bool(self.register.need("rec.meanrank")),
-        }
-
-    def eval_batch_collect(
-        self,
-        scores_tensor: Tensor | Ranked | None,
-        interaction: Interaction,
-        positive_u: Tensor,
-        positive_i: Tensor,
-    ) -> None:
-        """Collect what the metrics need; arguments as in RecBole, or a ranked batch as scores.
-
-        Without scores the batch is another process's.
-        """
-        if scores_tensor is None:
-            return
-        if not isinstance(scores_tensor, Ranked):
-            super().eval_batch_collect(scores_tensor, interaction, positive_u, positive_i)
-            return
-        ranked = scores_tensor
-        n_targets = torch.bincount(ranked.rows, minlength=ranked.users.size(0))
-        if self.register.need("rec.items"):
-            if (ranked.topk == 0).any():
-                raise InputError(
-                    f"topk {self.topk}: a user has fewer candidates than {max(self.topk)}, and the "
-                    "metrics of coverage, popularity and diversity would count the empty places; "
-                    "lower topk or leave these metrics out"
-                )
-            self.data_struct.update_tensor("rec.items", ranked.topk)
-        if self.register.need("rec.topk"):
-            hits = torch.cat((ranked.hits.long(), n_targets[:, None]), 1)
-            self.data_struct.update_tensor("rec.topk", hits)
-        if self.register.need("rec.meanrank") and ranked.places is not None:
-            sums = torch.zeros(len(ranked.users), dtype=torch.float64, device=n_targets.device)
-            sums.index_add_(0, ranked.rows, ranked.places.mean_ranks)
-            columns = (sums, ranked.places.n_candidates.double(), n_targets.double())
-            self.data_struct.update_tensor("rec.meanrank", torch.stack(columns, 1))
-        if self.keeps:
-            self.kept.append(ranked.cpu())
-
-    def get_data_struct(self) -> Any:
-        """What the evaluator needs; forgets what belongs to this evaluation.
-
-        RecBole 1.2.1 moves everything to the CPU, numbers and counters too, which fails: it cannot
-        compute the metrics of coverage, popularity and diversity. Bound: RecBole > 1.2.1.
-        """
-        held = self.data_struct._data_dict
-        plain = {key: value for key, value in held.items() if not isinstance(value, Tensor)}
-        for key in plain:
-            del self.data_struct[key]
-        struct = super().get_data_struct()
-        for key, value in plain.items():
-            struct.set(key, value)
-            self.data_struct.set(key, value)
-        _gather_rows(struct)
-        return struct
-
-    def take(self, dataset: Any) -> PerUser | None:
-        """What all processes kept, as results of single users; forgets it."""
-        kept = [ranked for part in distributed.gathered(self.kept) for ranked in part]
-        self.kept = []
-        return _per_user(kept, dataset) if kept else None
-
-
-def _gather_rows(struct: Any) -> None:
-    """Join what each process collected of its rows, in the order of the rows."""
-    if distributed.n_processes() == 1:
-        return
-    mine = {key: struct.get(key) for key in _OF_ROWS if key in struct}
-    parts = distributed.gathered(mine)
-    for key in dict.fromkeys(key for part in parts for key in part):
-        struct.set(key, torch.cat([part[key] for part in parts if key in part]))
-
-
-class Evaluator(RecBoleEvaluator):
-    """RecBole's evaluator, whose metrics of popularity look each item up once.
-
-    RecBole searches a list for each place of each user: a minute for 50,000 lists of 20 items.
-    """
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        for metric in self.metric_class.values():
-            for name in ("get_tail", "get_pop"):
-                if hasattr(metric, name):
-                    setattr(metric, name, _once_an_item(getattr(metric, name)))
-
-
-def _once_an_item(look_up: Callable[..., NDArray[Any]]) -> Callable[..., NDArray[Any]]:
-    def faster(item_matrix: NDArray[Any], counts: dict[int, int]) -> NDArray[Any]:
-        items, place = np.unique(item_matrix, return_inverse=True)
-        values: NDArray[Any] = look_up(items[None], counts)[0]
-        return values[place].reshape(item_matrix.shape)
-
-    return faster
-
-
-@dataclass(frozen=True, eq=False)
-class PerUser:
-    """What each row of an evaluation got: R rows, P pairs of a row and a target.
-
-    With leave-one-out there is one row a user and one target a row.
-
-    Attributes:
-        users: ``(R,)`` user tokens.
-        rows: ``(P,)`` row of each target, ascending.
-        targets: ``(P,)`` internal item ids.
-        ranks: ``(P,)`` among all candidates of the row, 1 for the best.
-        topk: ``(R, k)`` internal item ids, best first; 0 where a row has fewer candidates.
-        items: ``(N,)`` item token of each internal id.
-    """
-
-    users: NDArray[np.str_]
-    rows: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    ranks: NDArray[np.int64]
-    topk: NDArray[np.int64]
-    items: NDArray[np.str_]
-
-    def metric(self, name: str) -> NDArray[np.float64]:
-        """RecBole's metric of each row, ``(R,)``.
-
-        Args:
-            name: ``hit``, ``mrr``, ``ndcg``, ``recall``, ``map`` or ``precision`` and its cut-off,
-                as in ``ndcg@10``. The ranks are complete: any cut-off will do.
-
-        Raises:
-            InputError: For another name.
-        """
-        compat.set_numpy_names()
-        kind, _, cut = name.lower().partition("@")
-        known = {n for n, cls in metrics_dict.items() if issubclass(cls, TopkMetric)}
-        if kind not in known or not cut.isdigit() or int(cut) < 1:
-            raise InputError(
-                f"{name!r} is no metric of single users{nearest(kind, known)}; "
-                f"known: {', '.join(sorted(known))}, with a cut-off as in ndcg@10"
-            )
-        k = int(cut)
-        hits = np.zeros((len(self.users), k), dtype=bool)
-        inside = self.ranks <= k
-        hits[self.rows[inside], self.ranks[inside] - 1] = True
-        n_targets = np.bincount(self.rows, minlength=len(self.users))
-        formula = metrics_dict[kind]({"topk": [k], "metric_decimal_place": 6})
-        needs_count = kind in ("recall", "ndcg", "map")
-        values = formula.metric_info(hits, n_targets) if needs_count else formula.metric_info(hits)
-        result: NDArray[np.float64] = np.asarray(values[:, k - 1], dtype=np.float64)
-        return result
-
-    def frame(self, metrics: Iterable[str]) -> pd.DataFrame:
-        """A column for each metric, indexed by user token; mean of a user's rows."""
-        columns = {name: self.metric(name) for name in metrics}
-        table = pd.DataFrame(columns, index=pd.Index(self.users, name="user"))
-        return table if table.index.is_unique else table.groupby(level="user", sort=False).mean()
-
-    def arrays(self) -> dict[str, Any]:
-        """The attributes by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
-
-    def save(self, path: str | Path) -> None:
-        """Write an ``.npz``."""
-        with Path(path).open("wb") as file:
-            np.savez_compressed(file, **self.arrays())
-
-    @classmethod
-    def load(cls, path: str | Path) -> PerUser:
-        """Read what :meth:`save`, or a run with ``save_per_user``, wrote.
-
-        Raises:
-            InputError: If the file is another.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                return cls(**{field.name: file[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise InputError(
-                f"{path}: not a file of results by user ({error}); "
-                "a run writes per_user.npz with save_per_user: True"
-            ) from error
-
-
-@torch.no_grad()
-def per_user(model: Any, data: Any, k: int | None = None) -> PerUser:
-    """Rank the catalogue for each row of a part, with the weights as they are.
-
-    Args:
-        model: A model of this package or of RecBole, or a trainer that has one.
-        data: The loader of a part that is evaluated by full ranking.
-        k: Length of the lists; the largest of ``topk`` without one.
-
-    Raises:
-        InputError: If the part is evaluated on sampled candidates.
-        NumericalError: If a score is not finite.
-    """
-    if not isinstance(data, FullSortEvalDataLoader):
-        raise InputError("per_user ranks the whole catalogue: set eval_args mode to full")
-    config = data.config
-    if isinstance(model, torch.nn.Module):
-        ranker = Ranker(model, config, data._dataset)
-    else:
-        ranker = Ranker(model.model, config, data._dataset, model.without_padding)
-    training = ranker.model.training
-    ranker.model.eval()
-    k = max(config["topk"]) if k is None else k
-    try:
-        kept = [ranker(batch, k=k, placed=True) for batch in data]
-    finally:
-        ranker.model.train(training)
-    return _per_user(kept, data._dataset)
-
-
-def _per_user(kept: list[Ranked], dataset: Any) -> PerUser:
-    ranked = _joined(kept)
-    if ranked.places is None:
-        raise ValueError("the batches were ranked without places")
-    items = np.asarray(dataset.field2id_token[dataset.iid_field]).astype(str)
-    users = np.asarray(dataset.field2id_token[dataset.uid_field]).astype(str)
-    return PerUser(
-        users=users[ranked.users.cpu().numpy()],
-        rows=ranked.rows.cpu().numpy(),
-        targets=ranked.targets.cpu().numpy(),
-        ranks=ranked.places.ranks.cpu().numpy(),
-        topk=ranked.topk.cpu().numpy(),
-        items=items,
     )
