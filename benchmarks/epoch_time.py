@@ -35,7 +35,7 @@ from recbole_mm.data.create import create_dataset
 from recbole_mm.trainer import trainer_class
 
 SEED = 2020
-ROWS, WINDOWS = 2048, 32  # of a batch: RecBole's prefixes, our windows
+WINDOWS = 32  # of a batch of `train_objective: all`
 SCORES = 2**25  # rows x L x L of a padded batch of prefixes, at most: 2,048 rows up to L = 128
 CONTENDERS = ["stock:SASRec", "SASRec", "SASRecFast:last", "SASRecFast:all"]
 CONTENDERS += ["MUFASA:last", "MUFASA:all"]
@@ -48,7 +48,7 @@ class Contender:
         self.name = name
         self.as_recbole = name.startswith("stock:")
         model, _, objective = name.removeprefix("stock:").partition(":")
-        rows = WINDOWS if objective == "all" else min(ROWS, max(8, SCORES // length**2))
+        rows = WINDOWS if objective == "all" else min(args.rows, max(8, SCORES // length**2))
         values: dict[str, Any] = {
             "data_path": args.data_path,
             "MAX_ITEM_LIST_LENGTH": length,
@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--data_path", default="../shared/data")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS)
     parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1024, 2048])
+    parser.add_argument("--rows", type=int, default=2048, help="of a batch of prefixes, at most")
     parser.add_argument("--steps", type=int, default=100, help="of each contender, at most")
     parser.add_argument("--seconds", type=float, default=30, help="of each contender, at most")
     args, keys = parser.parse_known_args()
