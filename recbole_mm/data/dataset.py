@@ -11,8 +11,8 @@ so that a table can hold our models beside RecBole's:
 - :attr:`MultimodalDataset.report` says what is there and what was left out.
 
 Keys of the configuration read here, besides RecBole's: ``on_bad_time``, ``mask_history``,
-``train_objective``, ``category_field``, ``modalities``, ``min_coverage``, ``feature_cache_dir``,
-``hidden_features``, ``cold_items``.
+``category_field``, ``modalities``, ``min_coverage``, ``feature_cache_dir``, ``hidden_features``,
+``cold_items``; and ``train_objective`` in :mod:`recbole_mm.data.sequential_dataset`.
 """
 
 from __future__ import annotations

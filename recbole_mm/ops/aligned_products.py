@@ -26,11 +26,11 @@ class AlignedProducts(TorchFunctionMode):
 
     RecBole's models score the catalogue by one product ``(B, D) x (D, N)`` inside
     ``full_sort_predict``. N counts the padding item and fits no cache line but by chance. Here such
-    a product is the same numbers in :func:`aligned_rows`. A model that then asks for a flat view,
-    which such rows do not have, gets a copy.
+    a product is the same numbers in :func:`aligned_rows`. A model that then asks for a view of
+    another shape, which such rows may not have, gets a copy.
 
     Args:
-        n_items: N. Other products, other devices and autocast are left alone.
+        n_items: N. Other products, sparse ones, other devices and autocast are left alone.
     """
 
     def __init__(self, n_items: int) -> None:
@@ -48,13 +48,14 @@ class AlignedProducts(TorchFunctionMode):
         if func in _PRODUCTS and not kwargs and self._scores(*args):
             left, right = args
             return torch.mm(left, right, out=aligned_rows(left, len(left), self.n_items))
-        if func is Tensor.view and args[1:] == (-1,) and not args[0].is_contiguous():
-            func = Tensor.reshape
+        if func is Tensor.view and not kwargs and not isinstance(args[1], torch.dtype):
+            func = Tensor.reshape  # a view still where there is one
         return func(*args, **(kwargs or {}))
 
     def _scores(self, left: Tensor, right: Tensor) -> bool:
         return (
-            left.dim() == right.dim() == 2
+            left.layout == right.layout == torch.strided
+            and left.dim() == right.dim() == 2
             and right.size(1) == self.n_items
             and left.device.type == "cpu"
             and left.dtype == right.dtype

@@ -38,8 +38,10 @@ def test_what_is_done_with_the_scores_is_done(vectors):
     with AlignedProducts(N_ITEMS):
         scores = users @ items.T
         results = [scores.view(-1), scores.view(N_USERS, N_ITEMS), scores.softmax(1), scores + 1]
+        results += [scores.view(-1, 1), scores.view((1, -1)), scores.view(torch.int32)]
         two = (scores, users @ items.T)  # one does not overwrite the other
     expected = [plain.view(-1), plain, plain.softmax(1), plain + 1]
+    expected += [plain.view(-1, 1), plain.view(1, -1), scores.view(torch.int32)]
     torch.testing.assert_close(results, expected)
     torch.testing.assert_close(two, (plain, plain))
 
@@ -64,6 +66,23 @@ def test_other_products_are_left_alone(vectors):
     assert half.is_contiguous()
     assert trained.requires_grad
     assert trained.is_contiguous()
+
+
+@torch.no_grad()
+def test_a_view_stays_a_view():
+    table = torch.zeros(N_USERS, N_ITEMS)
+    with AlignedProducts(N_ITEMS):
+        table.view(-1)[3] = 1.0
+    assert table[0, 3] == 1
+
+
+@torch.no_grad()
+def test_a_sparse_product_is_left_alone(vectors):
+    items = vectors[1]
+    graph = torch.eye(N_ITEMS).to_sparse()
+    with AlignedProducts(items.size(1)):  # as wide as the catalogue is long
+        found = torch.mm(graph, items)
+    torch.testing.assert_close(found, items)
 
 
 def test_rows_that_fit_have_no_gap():
