@@ -1,4 +1,4 @@
-"""Scores of a whole catalogue in rows that begin at a cache line."""
+"""Scores of a whole catalogue by products whose rows begin at a cache line."""
 
 from __future__ import annotations
 
@@ -10,27 +10,43 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _LINE = 64  # numbers: four cache lines of float32
+_TILE = 1 << 18  # numbers of a piece of the product: 1 MiB of float32 stays in a core's cache
+_FEW_ROWS = 16  # from here on pieces pay for their copies
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
 def aligned_rows(like: Tensor, n_rows: int, n_columns: int) -> Tensor:
     """Uninitialized ``(n_rows, n_columns)`` of the kind of ``like``.
 
-    Each row begins at a cache line: MKL's products take twice as long where they do not.
+    Each row begins at a cache line: MKL's products take up to twice as long where they do not.
     """
     return like.new_empty(n_rows, -(-n_columns // _LINE) * _LINE)[:, :n_columns]
 
 
-class AlignedProducts(TorchFunctionMode):
-    """A context in which products with the vectors of all items come in aligned rows.
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, ``(B, D) x (D, N)``, contiguous whatever N is.
 
-    RecBole's models score the catalogue by one product ``(B, D) x (D, N)`` inside
-    ``full_sort_predict``. N counts the padding item and fits no cache line but by chance. Here such
-    a product is the same numbers in :func:`aligned_rows`. A model that then asks for a view of
-    another shape, which such rows may not have, gets a copy.
+    Pieces of columns are made in aligned rows and copied while they are in the cache.
+    """
+    n_rows, n_columns = left.size(0), right.size(1)
+    width = max(_TILE // n_rows // _LINE, 1) * _LINE
+    piece = aligned_rows(left, n_rows, min(width, n_columns))
+    result = left.new_empty(n_rows, n_columns)
+    for start in range(0, n_columns, width):
+        some = right[:, start : start + width]
+        result[:, start : start + width] = torch.mm(left, some, out=piece[:, : some.size(1)])
+    return result
+
+
+class AlignedProducts(TorchFunctionMode):
+    """A context in which products with the vectors of all items are made by :func:`product`.
+
+    RecBole's models score the catalogue by one product inside ``full_sort_predict``. N counts the
+    padding item and fits no cache line but by chance.
 
     Args:
-        n_items: N. Other products, sparse ones, other devices and autocast are left alone.
+        n_items: N. Products with other numbers of columns or few rows, those that already fit,
+            sparse ones, other devices, autocast and gradients are left alone.
     """
 
     def __init__(self, n_items: int) -> None:
@@ -46,10 +62,7 @@ class AlignedProducts(TorchFunctionMode):
     ) -> Any:
         """Call ``func``, one of torch's; see torch.overrides."""
         if func in _PRODUCTS and not kwargs and self._scores(*args):
-            left, right = args
-            return torch.mm(left, right, out=aligned_rows(left, len(left), self.n_items))
-        if func is Tensor.view and not kwargs and not isinstance(args[1], torch.dtype):
-            func = Tensor.reshape  # a view still where there is one
+            return product(*args)
         return func(*args, **(kwargs or {}))
 
     def _scores(self, left: Tensor, right: Tensor) -> bool:
@@ -57,6 +70,8 @@ class AlignedProducts(TorchFunctionMode):
             left.layout == right.layout == torch.strided
             and left.dim() == right.dim() == 2
             and right.size(1) == self.n_items
+            and self.n_items % _LINE != 0
+            and left.size(0) >= _FEW_ROWS
             and left.device.type == "cpu"
             and left.dtype == right.dtype
             and not torch.is_autocast_enabled("cpu")
