@@ -434,8 +434,8 @@ def _print_result(result: dict[str, Any]) -> None:
     valid = result["best_valid_result"] or {}
     rows = [[name, valid.get(name), value] for name, value in result["test_result"].items()]
     title = (
-        f"{result['model']} on {result['dataset']}: best epoch {result['best_epoch']} of "
-        f"{result['epochs']}, {result['parameters']:,} parameters, {result['seconds']:.0f} s"
+        f"{result['model']} on {result['dataset']}: best epoch {result['best_epoch']}, last "
+        f"{result['epochs'] - 1}, {result['parameters']:,} parameters, {result['seconds']:.0f} s"
     )
     print()  # noqa: T201
     print(title)  # noqa: T201

@@ -137,6 +137,16 @@ def check_values(config: Mapping[str, Any], *, model: type) -> None:
             )
 
 
+# whole numbers from 1 on that a model is built with
+_SIZES = (
+    "hidden_size",
+    "inner_size",
+    "embedding_size",
+    "n_layers",
+    "num_layers",
+    "n_heads",
+    "num_heads",
+)
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
@@ -153,7 +163,8 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
         "MAX_ITEM_LIST_LENGTH": 1,
         "seed": 0,
         "weight_decay": 0,
-        **dict.fromkeys(("hidden_size", "inner_size", "embedding_size", "loss_memory_mb"), 1),
+        "loss_memory_mb": 1,
+        **dict.fromkeys(_SIZES, 1),
         "n_negatives": 0,
         "mfl_batch_items": 1,
         "mfl_pretrain_epochs": 0,
@@ -161,6 +172,9 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
     for key, low in lowest.items():
         if _is_number(config.get(key)) and not config[key] >= low:
             raise InputError(f"{key} must be at least {low}, got {config[key]!r}")
+    for key in _SIZES:
+        if isinstance(config.get(key), float):
+            raise InputError(f"{key} must be a whole number, got {config[key]!r}")
     if config["seed"] >= 2**32:
         raise InputError(f"seed must be below 2 ** 32, got {config['seed']!r}")
     for key in ("learning_rate", "initializer_range"):
@@ -389,11 +403,10 @@ def _check_training(config: Mapping[str, Any], model: type) -> None:
     heads = config.get("n_heads")
     for width in ("hidden_size", "embedding_size"):
         size = config.get(width)
-        if isinstance(heads, int) and isinstance(size, int) and (heads < 1 or size % heads):
+        if isinstance(heads, int) and isinstance(size, int) and size % heads:
             raise InputError(
                 f"n_heads must divide {width}: {size} is not a multiple of {heads}; "
-                f"set {width} to {max(heads, 1) * max(1, round(size / max(heads, 1)))}, "
-                "or change n_heads"
+                f"set {width} to {heads * max(1, round(size / heads))}, or change n_heads"
             )
     offered = getattr(model, "offered_objectives", None)
     objectives: tuple[str, ...] = offered(config) if offered else ("last",)
