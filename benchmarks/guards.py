@@ -287,7 +287,7 @@ GUARDS = [
         )
     ),
     Guard(
-        *(32, "config_rules.py", "(heads < 1 or size % heads)", "False"),
+        *(32, "config_rules.py", "isinstance(size, int) and size % heads", "False"),
         fault("32_wrong_values_are_refused"),
     ),
     # ------------------------------------------------------------------ training, evaluation
