@@ -161,6 +161,7 @@ class Ranker:
                 for rows, chunks in self._scores(interaction, done, done + step, masked):
                     some = targets.of_rows(rows)
                     whole.put(rows, rank(chunks, users[rows], *some, k=k, placed=placed))
+                    del chunks  # the next piece finds the memory of this one
             except torch.cuda.OutOfMemoryError:
                 if step == 1:
                     raise
@@ -211,7 +212,7 @@ class Ranker:
             return min(n_rows, max(1, self.n_pairs // self.n_items))
         # a model makes its scores anew each time: smaller ones find the memory of the last
         few = max(1, min(_FEW_ROWS, self.most_scores // self.n_items))
-        return min(n_rows, max(few, self.tile // 2 // self.n_items))
+        return min(n_rows, max(few, self.tile // self.n_items))
 
     def _scores(
         self, interaction: Interaction, start: int, stop: int, masked: _Pairs | None
