@@ -20,7 +20,7 @@ from recbole_mm import compat, config_rules, distributed
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError, nearest
-from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model, model_names
+from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model, model_of_run
 
 _LOG = logging.getLogger(__name__)
 
@@ -390,16 +390,9 @@ class Config(RecBoleConfig):
             InputError: as the constructor
         """
         values = reusable(read_yaml(Path(file)))
-        _check_class(values.get("model"), model, Path(file).parent)
+        if model is None:
+            model_of_run(str(values.get("model")), Path(file).parent)
         return cls(model, None, [values], config_dict, command_line)
-
-
-def _check_class(name: object, given: type | None, folder: Path) -> None:
-    if given is None and name not in model_names():
-        raise InputError(
-            f"{folder}: {name!r} is no model of this package or of RecBole; give its class, "
-            f"model={name}"
-        )
 
 
 def reusable(resolved: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,3 +51,17 @@ def get_model(name: str) -> type:
             f"unknown model {name!r}{nearest(name, names)}; known models: {', '.join(names)}"
         )
     return model
+
+
+def model_of_run(name: str, folder: Path) -> type:
+    """The model class that a run folder names.
+
+    Raises:
+        InputError: If the name is that of a user's class, which no folder holds.
+    """
+    if name not in model_names():
+        raise InputError(
+            f"{folder}: {name!r} is no model of this package or of RecBole; give its class, "
+            f"model={name}"
+        )
+    return get_model(name)

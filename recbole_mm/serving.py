@@ -28,7 +28,7 @@ from recbole_mm.data.features import FeatureTable, ModalityFeatures
 from recbole_mm.data.item_graph import ItemGraphs
 from recbole_mm.errors import InputError, NumericalError, nearest
 from recbole_mm.models.base import MultimodalSequentialRecommender
-from recbole_mm.registry import get_model, model_names
+from recbole_mm.registry import model_of_run
 from recbole_mm.run_folder import ITEMS, RunFolder
 
 _ENUMS = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
@@ -304,12 +304,7 @@ def load(
     saved = run.read_weights()
     items = ids[config["ITEM_ID_FIELD"]]
     _check(path, saved.about, kept.about, config, items)
-    if model is None and config["model"] not in model_names():
-        raise InputError(
-            f"{path}: {config['model']!r} is no model of this package or of RecBole; give its "
-            f"class, load(folder, model={config['model']})"
-        )
-    model_class = model or get_model(config["model"])
+    model_class = model or model_of_run(config["model"], path)
     with compat.without_recboles_warnings():
         compat.set_numpy_names()
         net: Any = model_class(config, StoredItems(config, ids, kept))
