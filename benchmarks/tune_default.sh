@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 data=${DATA:?set DATA to the folder above amazon-scientific-clip}
 out=${OUT:-tuned}
 models=SASRecFast,SASRecMM,MUFASA,MDSRec
-common=(--data_path="$data" --MAX_ITEM_LIST_LENGTH=50 --epochs=40 --stopping_step=4)
+common=(--data_path="$data" --MAX_ITEM_LIST_LENGTH=50)
 
 for model in ${models//,/ } CAMMSR; do
     files=()
@@ -17,10 +17,11 @@ for model in ${models//,/ } CAMMSR; do
         files=(--config_files=properties/ablation/CAMMSR/causal.yaml)
     fi
     recbole-mm tune --model=$model --dataset=amazon-scientific-clip --trials=20 \
-        --out="$out" "${files[@]}" "${common[@]}"
+        --out="$out" "${files[@]}" "${common[@]}" --epochs=40 --stopping_step=4
 done
 compare() {
-    recbole-mm compare --datasets=amazon-scientific-clip --seeds=3 "${common[@]}" "$@"
+    recbole-mm compare --datasets=amazon-scientific-clip --seeds=3 "${common[@]}" \
+        --epochs=60 --stopping_step=6 '--selected_features=[categories]' "$@"
 }
 compare --models=$models,CAMMSR+causal --out="$out/default"
 compare --models=$models,CAMMSR --tuned="$out" --out="$out/best"
