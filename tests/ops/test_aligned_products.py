@@ -59,6 +59,32 @@ def test_a_product_with_all_items_is_made_here(scores, vectors, made):
 
 
 @torch.no_grad()
+def test_what_is_done_with_the_scores_is_done(vectors, made):
+    users, items = vectors
+    plain = users @ items.T
+    with AlignedProducts(N_ITEMS):
+        scores = users @ items.T
+        results = [scores.view(-1), scores.view(N_USERS, N_ITEMS), scores.softmax(1), scores + 1]
+        results += [scores.view(-1, 1), scores.view((1, -1)), scores.view(torch.int32)]
+        two = (scores, users @ items.T)  # one does not overwrite the other
+        double = torch.matmul(users.double(), items.double().T)
+    assert len(made) == 3
+    expected = [plain.view(-1), plain, plain.softmax(1), plain + 1]
+    expected += [plain.view(-1, 1), plain.view(1, -1), scores.view(torch.int32)]
+    torch.testing.assert_close(results, expected)
+    torch.testing.assert_close(two, (plain, plain))
+    assert double.dtype == torch.float64
+
+
+@torch.no_grad()
+def test_a_view_stays_a_view():
+    table = torch.zeros(N_USERS, N_ITEMS)
+    with AlignedProducts(N_ITEMS):
+        table.view(-1)[3] = 1.0
+    assert table[0, 3] == 1
+
+
+@torch.no_grad()
 def test_other_products_are_left_alone(vectors, made):
     users, items = vectors
     with AlignedProducts(N_ITEMS):
@@ -75,9 +101,11 @@ def test_other_products_are_left_alone(vectors, made):
     with AlignedProducts(64):
         others.append(users @ items[:64].T)  # fits as it is
     assert made == []
-    assert len(others) == 5
+    assert all(other.is_contiguous() for other in others)
     assert half.dtype == torch.bfloat16
+    assert half.is_contiguous()
     assert trained.requires_grad
+    assert trained.is_contiguous()
 
 
 @torch.no_grad()
