@@ -139,6 +139,9 @@ def _add_tune(commands: Any) -> None:
         "folder (inside --out)",
     )
     tune.add_argument("--seed", type=int, help="of the search and of every trial (2020)")
+    tune.add_argument(
+        "--seeds", type=int, default=1, help="runs of a trial, scored by their mean (1)"
+    )
     tune.add_argument("--out", default="tuned", help="folder of the results (tuned)")
 
 
@@ -299,7 +302,7 @@ def _tune(known: argparse.Namespace, rest: Sequence[str]) -> None:
     from recbole_mm.tuning import tune
 
     files = _files(known)
-    options = ("params_file", "engine", "algo", "trials", "storage", "seed", "out")
+    options = ("params_file", "engine", "algo", "trials", "storage", "seed", "seeds", "out")
     result = tune(
         *_model_and_dataset(known, files),
         config_file_list=files or None,

@@ -1,7 +1,8 @@
 """Search for hyper-parameters, by validation only: RecBole's ``HyperTuning``, Optuna or Ray Tune.
 
-Every trial is one :func:`recbole_mm.run` with the same data, seed and protocol; its test set is
-never scored. A search leaves, below its output folder::
+Every trial is one :func:`recbole_mm.run`, or with ``seeds`` several, scored by their mean. All have
+the same data, seeds and protocol, and the test set is never scored. A search leaves, below its
+output folder::
 
     <dataset>/<Model>.yaml             the best configuration, for `run --config_files` and
                                        `compare --tuned`
@@ -47,6 +48,7 @@ def tune(
     trials: int | None = None,
     storage: str | None = None,
     seed: int | None = None,
+    seeds: int = 1,
     out: str | Path = "tuned",
     command_line: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -71,6 +73,8 @@ def tune(
             a sqlite file in the output folder. ray: a folder that all machines see; ray keeps
             pickles there, so give it none that others can write.
         seed: Of the search and of every trial; by default the configuration's.
+        seeds: How many runs a trial is, with ``seed`` and the seeds that follow it. Its score is
+            their mean: the best of many trials with one seed is in part that seed's luck.
         out: Folder of the results.
         command_line: ``--key=value`` arguments, for every trial.
 
@@ -90,6 +94,8 @@ def tune(
             raise InputError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if trials is not None and trials < 1:
         raise InputError(f"trials must be at least 1, got {trials}")
+    if seeds < 1:
+        raise InputError(f"seeds must be at least 1, got {seeds}")
     if engine == "recbole" and storage is not None:
         raise InputError("storage is for optuna and ray; recbole continues from the output folder")
     files = [Path(file).resolve() for file in config_file_list or ()]
@@ -113,11 +119,12 @@ def tune(
         n_trials=n_trials,
         out=Path(out).resolve(),
         seed=config["seed"],
+        n_seeds=seeds,
         metric=config["valid_metric"],
         bigger=config["valid_metric_bigger"],
         show=config["show_progress"],
         use_gpu=config["device"].type == "cuda",
-        settings=settings_of(config, space, engine, algo, n_trials),
+        settings=settings_of(config, space, engine, algo, n_trials, seeds),
     )
     package = _engine(engine)
     search.begin()

@@ -23,7 +23,7 @@ def write_outputs(search: Search, config: Config, records: Sequence[Record]) -> 
         OutOfMemory: Likewise, if all of them failed for lack of memory.
     """
     best = search.best(records)
-    write_text(search.folder / "trials.csv", _table(records).to_csv(index=False))
+    write_text(search.folder / "trials.csv", _table(search, records).to_csv(index=False))
     write_text(search.folder / "trials.html", _page(search, records))
     if best is None:
         said = f"all {len(records)} trials failed, the first with: {records[0]['error']}"
@@ -57,10 +57,13 @@ def _best_yaml(search: Search, config: Config, records: Sequence[Record], best: 
     """The configuration of the best trial, and what every trial was given."""
     settings, record = search.settings, records[best]
     given = {k: v for k, v in _given(config).items() if k not in search.space}
+    seeds = f" {search.seed}"
+    if search.n_seeds > 1:
+        seeds = f"s {search.seed} to {search.seed + search.n_seeds - 1}"
     head = (
         f"# {settings['model']} on {settings['dataset']}: the best of {len(records)} trials by "
         f"validation {search.metric}, {record['score']:.6f} (trial {best + 1}).\n"
-        f"# Engine {settings['engine']}, {settings['algo']}, seed {search.seed}; "
+        f"# Engine {settings['engine']}, {settings['algo']}, seed{seeds}; "
         "the test set was not scored. Written by recbole-mm tune.\n"
     )
     names = {"model": settings["model"], "dataset": settings["dataset"]}
@@ -85,13 +88,14 @@ def _yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
 
 
-def _table(records: Sequence[Record]) -> pd.DataFrame:
+def _table(search: Search, records: Sequence[Record]) -> pd.DataFrame:
     rows = [
         {
             "trial": number,
             "state": "complete" if record["error"] is None else "failed",
             "score": record["score"],
             **record["values"],
+            **_by_seed(search, record["scores"] or ()),
             **{f"valid {name}": value for name, value in (record["valid"] or {}).items()},
             **{key: record[key] for key in ("best_epoch", "epochs", "seconds", "error")},
         }
@@ -99,6 +103,13 @@ def _table(records: Sequence[Record]) -> pd.DataFrame:
     ]
     table = pd.DataFrame(rows)
     return table[[c for c in table if c not in _LAST] + list(_LAST)]
+
+
+def _by_seed(search: Search, scores: Sequence[float]) -> dict[str, float]:
+    """Columns for the scores of single seeds, if there are several."""
+    if search.n_seeds == 1:
+        return {}
+    return {f"score of seed {seed}": score for seed, score in enumerate(scores, search.seed)}
 
 
 _LAST = ("best_epoch", "epochs", "seconds", "error")
@@ -117,7 +128,7 @@ def _page(search: Search, records: Sequence[Record]) -> str:
         subplot_titles=["", *names],
         vertical_spacing=0.3 / (1 + -(-len(names) // 3)),
     )
-    table = _table(records)
+    table = _table(search, records)
     done = table[table["state"] == "complete"]
     so_far = done["score"].cummax() if search.bigger else done["score"].cummin()
     values = {name: [str(record["values"][name]) for record in records] for name in names}

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from recbole_mm.config import NO_NUMBERS, Config, digest_of_data
 from recbole_mm.errors import EnvironmentFault, InputError, NumericalError, OutOfMemory
@@ -20,8 +23,9 @@ from recbole_mm.tuning.space import Parameter
 _FAILURES = (NumericalError, OutOfMemory)
 
 Record = dict[str, Any]
-"""A trial as plain data: ``values``, ``score`` and ``valid`` (``None`` if it failed), ``error``
-(``None`` if it did not), ``best_epoch``, ``epochs``, ``seconds``, ``protocol``; of a failed one
+"""A trial as plain data: ``values``, ``scores`` (of each seed), ``score`` and ``valid`` (means over
+the seeds; all three ``None`` if it failed), ``error`` (``None`` if it did not), ``best_epoch`` and
+``epochs`` (means), ``seconds`` (in all), ``protocol`` (of the first seed); of a failed one
 ``out_of_memory``, too: whether that was why."""
 
 
@@ -37,7 +41,8 @@ class Search:
         algo: ``exhaustive``, ``random`` or ``bayes``.
         n_trials: How many trials count.
         out: Folder of the results.
-        seed: Of the search and its trials.
+        seed: Of the search, and the first of every trial.
+        n_seeds: How many runs a trial is, with the seed and those that follow it.
         metric: The validation metric that ranks trials.
         bigger: Whether more of it is better.
         show: Print a line for each trial.
@@ -53,6 +58,7 @@ class Search:
     n_trials: int
     out: Path
     seed: int
+    n_seeds: int
     metric: str
     bigger: bool
     show: bool
@@ -86,7 +92,7 @@ class Search:
         earlier: Sequence[Record] = (),
         machine: Mapping[str, Any] | None = None,
     ) -> Record:
-        """Train with these values, and score the best epoch on validation.
+        """Train with these values and each seed, and score the best epochs on validation.
 
         Args:
             values: Configuration by key.
@@ -97,50 +103,54 @@ class Search:
         Raises:
             InputError: Also if the trial was evaluated in another way than an earlier one.
         """
-        forced = {"show_progress": False, **(machine or {})}
         started = time.perf_counter()
-        keys = ("score", "valid", "error", "best_epoch", "epochs", "seconds", "protocol")
+        keys = ("scores", "score", "valid", "error", "best_epoch", "epochs", "seconds", "protocol")
         record: Record = {"values": dict(values), **dict.fromkeys(keys)}
+        results: list[dict[str, Any]] = []
         log = logging.getLogger("recbole_mm")
         level = log.level
         try:
-            if earlier:
-                log.setLevel(logging.ERROR)
-            result = run(
-                self.settings["model"],
-                self.settings["dataset"],
-                self.files,
-                {**self.values, **values, **forced},
-                saved=False,
-                score_test=False,
-                # what is forced must not lose to the command line
-                command_line=[a for a in self.command_line if _key(a) not in forced],
-            )
+            for seed in range(self.seed, self.seed + self.n_seeds):
+                if earlier or results:
+                    log.setLevel(logging.ERROR)
+                results.append(self._run({**values, "seed": seed}, machine or {}))
+                if len(results) == 1:
+                    _check_alike(results[0], earlier)
         except _FAILURES as error:
             seconds = round(time.perf_counter() - started, 2)
             memory = isinstance(error, OutOfMemory)
             return {**record, "error": str(error), "out_of_memory": memory, "seconds": seconds}
         finally:
             log.setLevel(level)
-        if not result["best_valid_result"]:
-            raise InputError(
-                f"a trial of {result['model']} on {result['dataset']} was not validated: no user "
-                "is long enough for a validation row, or eval_step exceeds epochs"
-            )
-        for other in earlier:
-            if other["protocol"] is not None:
-                protocols = (other["protocol"], result["protocol"])
-                assert_comparable(*(Protocol.from_dict(values) for values in protocols))
-                break
+        valid = defaultdict(list)
+        for result in results:
+            for name, value in result["best_valid_result"].items():
+                valid[name].append(float(value))
+        scores = [result["best_valid_score"] for result in results]
         return {
             **record,
-            "score": result["best_valid_score"],
-            "valid": {name: float(x) for name, x in result["best_valid_result"].items()},
-            "best_epoch": result["best_epoch"],
-            "epochs": result["epochs"],
-            "seconds": result["seconds"],
-            "protocol": result["protocol"],
+            "scores": scores,
+            "score": _mean(scores),
+            "valid": {name: _mean(numbers) for name, numbers in valid.items()},
+            "best_epoch": _mean([result["best_epoch"] for result in results]),
+            "epochs": _mean([result["epochs"] for result in results]),
+            "seconds": round(sum(result["seconds"] for result in results), 2),
+            "protocol": results[0]["protocol"],
         }
+
+    def _run(self, values: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
+        """One run of a trial: the result of :func:`recbole_mm.run`, without a test score."""
+        forced = {"show_progress": False, **machine}
+        return run(
+            self.settings["model"],
+            self.settings["dataset"],
+            self.files,
+            {**self.values, **values, **forced},
+            saved=False,
+            score_test=False,
+            # what is forced must not lose to the command line
+            command_line=[a for a in self.command_line if _key(a) not in (*forced, "seed")],
+        )
 
     def best(self, records: Sequence[Record]) -> int | None:
         """Index of the record with the best validation score, the first of equal ones."""
@@ -154,6 +164,8 @@ class Search:
         outcome = f"failed: {record['error']}"
         if record["error"] is None:
             outcome = f"valid {self.metric} {record['score']:.4f}"
+            if self.n_seeds > 1:
+                outcome += f" ± {np.std(record['scores'], ddof=1):.4f}"
         best = self.best(records)
         if best is not None:
             outcome += f"  best {records[best]['score']:.4f}"
@@ -165,7 +177,12 @@ class Search:
 
 
 def settings_of(
-    config: Config, space: Mapping[str, Parameter], engine: str, algo: str, n_trials: int
+    config: Config,
+    space: Mapping[str, Parameter],
+    engine: str,
+    algo: str,
+    n_trials: int,
+    n_seeds: int,
 ) -> dict[str, Any]:
     """Whatever changes the trials of a search, as plain data for JSON."""
     values = config.resolved()
@@ -178,6 +195,8 @@ def settings_of(
         "space": [f"{p.name} {p.kind} {list(p.values)}" for p in space.values()],
         "config": {k: v for k, v in values.items() if k not in NO_NUMBERS and k not in space},
     }
+    if n_seeds > 1:
+        settings["seeds"] = n_seeds
     # ray keeps the number of trials with the state that it continues from
     return {**settings, "trials": n_trials} if engine == "ray" else settings
 
@@ -225,6 +244,25 @@ def write_text(path: Path, text: str) -> None:
             f"{path}: cannot be written ({error.strerror or error}); "
             "free space or point --out at a folder that can be written"
         ) from error
+
+
+def _check_alike(result: Mapping[str, Any], earlier: Sequence[Record]) -> None:
+    """Refuse a run without a validation score, and one of other data than an earlier trial's."""
+    if not result["best_valid_result"]:
+        raise InputError(
+            f"a trial of {result['model']} on {result['dataset']} was not validated: no user "
+            "is long enough for a validation row, or eval_step exceeds epochs"
+        )
+    for other in earlier:
+        if other["protocol"] is not None:
+            protocols = (other["protocol"], result["protocol"])
+            assert_comparable(*(Protocol.from_dict(values) for values in protocols))
+            break
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    """The number itself, if it is one."""
+    return numbers[0] if len(numbers) == 1 else float(np.mean(numbers))
 
 
 def _key(argument: str) -> str:

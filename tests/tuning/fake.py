@@ -51,7 +51,7 @@ def result(values, valid=None, protocol=PROTOCOL):
 
 
 class Runs:
-    """Stands in for :func:`recbole_mm.run`; keeps the values of its calls.
+    """Stands in for :func:`recbole_mm.run`; keeps the values and seeds of its calls.
 
     Args:
         events: Call number, from 0, -> what is raised there.
@@ -61,11 +61,13 @@ class Runs:
         self.events = events or {}
         self.outcome = outcome
         self.calls = []
+        self.seeds = []
 
     def __call__(self, model, dataset, files, values, *, saved, score_test, command_line):
         assert not saved
         assert not score_test
         self.calls.append({k: v for k, v in values.items() if k in SPACE})
+        self.seeds.append(values["seed"])
         event = self.events.get(len(self.calls) - 1)
         if event is not None:
             raise event

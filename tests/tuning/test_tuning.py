@@ -254,6 +254,36 @@ def test_a_seed_fixes_the_search(tune, tmp_path, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_trial_of_several_seeds_is_scored_by_their_mean(tune, capsys, engine):
+    """With seed 5 alone, three layers would be the best; on the average they are the worst."""
+    by_layers = {1: (0.5, 0.6, 0.7), 2: (0.2, 0.8, 0.5), 3: (0.9, 0.1, 0.2)}
+    runs = Runs(
+        outcome=lambda values: result(values, by_layers[values["n_layers"]][values["seed"] - 5])
+    )
+    options = {"algo": "exhaustive", "seed": 5, "seeds": 3, "command_line": ["--seed=5"]}
+    options["config_dict"] = {"show_progress": True}
+    found = tune(runs, "n_layers choice [1,2,3]\n", engine, **options)
+    assert runs.seeds == [5, 6, 7] * 3
+    assert found["best"] == {"n_layers": 1}
+    assert found["best_valid_score"] == pytest.approx(0.6)
+    assert found["best_valid_result"] == {"ndcg@10": pytest.approx(0.6)}
+    table = trials_of(found).set_index("n_layers")
+    assert table["score"].tolist() == pytest.approx([0.6, 0.5, 0.4])
+    assert tuple(table.loc[3, [f"score of seed {seed}" for seed in (5, 6, 7)]]) == by_layers[3]
+    assert "valid NDCG@10 0.4000 ± 0.4359" in capsys.readouterr().out
+    assert "seeds 5 to 7" in Path(found["config"]).read_text()
+
+    with pytest.raises(InputError, match=r"seeds \(3 then, None now\)"):
+        tune(runs, "n_layers choice [1,2,3]\n", engine, **{**options, "seeds": 1})
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_trial_fails_with_any_of_its_seeds(tune, engine):
+    found = tune(Runs({1: diverged()}), engine=engine, seeds=2, trials=2)
+    assert (found["trials"], found["failed"]) == (2, 1)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_trial_that_fails_is_recorded_and_the_search_goes_on(tune, engine):
     runs = Runs({0: diverged(), 3: OutOfMemory("lower train_batch_size (now 2048)")})
     found = tune(runs, engine=engine, algo="bayes")
