@@ -43,14 +43,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GRAPH_VERSION = 1
+GRAPH_VERSION = 2
 """Raise it when a change here changes edges: every cache file of before is then a miss."""
 
 IntArray: TypeAlias = npt.NDArray[np.integer[Any]]
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 
 _CHUNK = 1 << 20  # interactions, and entries of a matrix, that are sorted at once
-_NOISE = 1e-6  # a cosine below this is the rounding of a zero
+_NOISE = 1e-6  # cosines closer than this are equal up to the rounding of their products
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class ItemGraphs:
 
     Attributes:
         behaviour: C, ``(N, N)``: rows sum to one, or are empty; not symmetric.
-        modal: By modality, ``(N, N)``: symmetric, normalised.
+        modal: By modality, ``(N, N)``: in row i the neighbours of i; not symmetric.
     """
 
     behaviour: sp.csr_matrix
@@ -88,7 +88,7 @@ def behaviour_graph(
         items: ``(T,)`` internal ids in [1, N).
         n_items: Number of items ``N``, padding included.
         window: Largest distance ``w`` of two items of a pair; 1 pairs direct neighbours only.
-        top_k: Neighbours kept for an item.
+        top_k: Neighbours kept for an item; 0 gives an empty graph.
 
     Returns:
         ``(N, N)`` float32; each row sums to one, or is empty.
@@ -100,8 +100,8 @@ def behaviour_graph(
     users, items = np.asarray(users, np.int64), np.asarray(items, np.int64)
     if users.ndim != 1 or users.shape != items.shape:
         raise ValueError(f"users {users.shape} and items {items.shape} must both be (T,)")
-    if window < 1 or top_k < 1:
-        raise ValueError(f"window and top_k must be at least 1, got {window} and {top_k}")
+    if window < 1 or top_k < 0:
+        raise ValueError(f"window must be at least 1 and top_k 0, got {window} and {top_k}")
     if len(users) and (np.diff(users) < 0).any():
         raise ValueError("users must be sorted, the interactions of each in the order of time")
     if len(items) and not 1 <= items.min() <= items.max() < n_items:
@@ -180,7 +180,9 @@ def knn_graph(vectors: FloatArray, k: int, *, block_mb: int = 256) -> sp.csr_mat
     """The k nearest neighbours of each item by cosine, exact.
 
     Scores exist for a block of items at a time, never for all pairs. Similarities that are not
-    positive make no neighbours: an all-zero vector has none. Among equals the lower number is kept.
+    positive make no neighbours: an all-zero vector has none. Among cosines that equal the k-th up
+    to rounding, the items with the lower numbers are kept: which product computed them, on which
+    machine and in which blocks, does not matter.
 
     Args:
         vectors: ``(n, F)``.
@@ -215,9 +217,10 @@ def knn_graph(vectors: FloatArray, k: int, *, block_mb: int = 256) -> sp.csr_mat
         s = torch.from_numpy(product)  # (rows, n)
         s.diagonal(start).fill_(-torch.inf)
         best, index = s.topk(k + 1)  # one more than needed shows whether the cut is a tie
-        for row in ((best[:, k - 1] == best[:, k]) & (best[:, k] > _NOISE)).nonzero().flatten():
-            above = (s[row] > best[row, k]).nonzero().flatten()
-            equal = (s[row] == best[row, k]).nonzero().flatten()
+        cut = best[:, k - 1]
+        for row in ((cut - best[:, k] < _NOISE) & (best[:, k] > _NOISE)).nonzero().flatten():
+            above = (s[row] > cut[row] + _NOISE).nonzero().flatten()  # fewer than k
+            equal = ((s[row] - cut[row]).abs() <= _NOISE).nonzero().flatten()
             index[row, :k] = torch.cat([above, equal])[:k]
         neighbour[block] = index[:, :k]
         cosines[block] = s.gather(1, index[:, :k])
@@ -248,7 +251,7 @@ def modal_graph(
         A = \beta \, \operatorname{kNN}(f) + (1 - \beta) \, C
 
     where :math:`\bar f` has length 1, the edges of kNN weigh the cosine and, in ``mix``, sum to one
-    in each row as those of C do. The result is :func:`symmetric_normalise` of A.
+    in each row as those of C do. Signals are carried by :func:`symmetric_normalise` of A.
 
     Source: ``smooth`` [inferred: SMGL, by an author of MDSRec]; ``mix`` [ours]; the cosine as
     weight [inferred: LATTICE].
@@ -263,7 +266,7 @@ def modal_graph(
         mix_beta: :math:`\beta` of ``mix``, 0 to 1. 1 is the plain kNN graph, without behaviour.
 
     Returns:
-        ``(N, N)`` float32, symmetric.
+        A, ``(N, N)`` float32; not symmetric.
 
     Raises:
         ValueError: If an option is unknown or out of range.
@@ -281,7 +284,7 @@ def modal_graph(
         alike = mix_beta * _row_normalise(knn_graph(vectors, knn_k)) + (1 - mix_beta) * together
     alike = alike.tocoo()
     entries = (alike.data, (items[alike.row], items[alike.col]))
-    return symmetric_normalise(sp.csr_matrix(entries, shape=behaviour.shape))
+    return sp.csr_matrix(entries, shape=behaviour.shape, dtype=np.float32)
 
 
 def symmetric_normalise(adjacency: sp.csr_matrix) -> sp.csr_matrix:
@@ -461,7 +464,7 @@ def _write(path: Path, graph: sp.csr_matrix) -> None:
 
 
 def neighbours(graph: sp.csr_matrix, item: int, k: int) -> list[tuple[int, float]]:
-    """The ``k`` items with the heaviest edges to ``item``, heaviest first; fewer if it has fewer.
+    """The ``k`` heaviest edges in the row of ``item``, heaviest first; fewer if it has fewer.
 
     Raises:
         ValueError: If ``item`` is padding or no item, or ``k`` is below 1.

@@ -64,12 +64,13 @@ class MDSRec(MultimodalSequentialRecommender):
 
     with :math:`f^m` the frozen features, :math:`A^m` the item graph of modality m and E a trained
     embedding of the item ids, shared by all graphs. The id is one more modality: its content is E
-    itself, its graph is the behaviour graph.
+    itself, its graph is the behaviour graph. Without a graph, ``n_graph_layers: 0``, H is E.
 
     An item without modality m has no edge in :math:`A^m` and no vector there: it adds nothing to
     the score of that modality and no user's interest is drawn from it. An item that never occurs
-    in training does not have the modality ``id``: nothing is known of it but its content, by which
-    it is scored.
+    in training does not have the modality ``id``, and its row of E is zero: nothing is known of it
+    but its content and its neighbours, by which it is scored. An item without any modality has the
+    score 0 for everyone; only with ``use_id: False`` can it occur in training.
 
     Raises:
         InputError: If a key has an impossible value, or nothing describes an item.
@@ -117,14 +118,16 @@ class MDSRec(MultimodalSequentialRecommender):
                 mix_beta=config["mix_beta"],
                 cache_dir=config["feature_cache_dir"],
             )
-            carried = {ID: item_graph.symmetric_normalise(self.graphs.behaviour)}
-            carried.update(self.graphs.modal)
+            graph_of = {ID: self.graphs.behaviour, **self.graphs.modal}
+            carried = [
+                item_graph.symmetric_normalise(graph_of[name]) for name in self.modality_names
+            ]
 
             # layers, in the order in which the data meets them
             self.item_embedding = nn.Embedding(self.n_items, hidden_size, padding_idx=0)  # E
             self.project = ModalityProjection(features, hidden_size) if names else None  # W
             self.relations = ItemRelations(
-                *_block_diagonal([carried[name] for name in self.modality_names]),
+                *_block_diagonal(carried),
                 n_modalities=len(self.modality_names),
                 n_layers=config["n_graph_layers"],
             )
@@ -152,10 +155,11 @@ class MDSRec(MultimodalSequentialRecommender):
 
         # constants; none of them is saved
         present = features.present  # (N, M)
+        trained = torch.zeros(self.n_items, 1, dtype=torch.bool)
+        trained[torch.from_numpy(items)] = True
         if config["use_id"]:
-            trained = torch.zeros(self.n_items, 1, dtype=torch.bool)
-            trained[torch.from_numpy(items)] = True
             present = torch.cat([trained, present], dim=1)
+        self.register_buffer("trained", trained, persistent=False)
         self.register_buffer("present", present, persistent=False)
         self.has_all_items = present[1:].all(dim=0).tolist()
 
@@ -165,7 +169,8 @@ class MDSRec(MultimodalSequentialRecommender):
 
     def item_table(self) -> Tensor:
         """Enhanced item vectors of all modalities side by side, ``(N, M * D)``."""
-        ids = self.item_embedding.weight  # (N, D)
+        # the loss would draw an item that is never a target away from everyone
+        ids = torch.where(self.trained, self.item_embedding.weight, 0.0)  # (N, D)
         vectors = self.relations(ids).transpose(0, 1)  # H: (N, M, D)
         contents = []
         if ID in self.interest:
@@ -214,13 +219,16 @@ class MDSRec(MultimodalSequentialRecommender):
     def neighbours(self, item_id: int, modality: str, k: int) -> list[tuple[int, float]]:
         """Nearest neighbours of an item in the graph of a modality, or in ``behaviour``.
 
+        In ``smooth`` a weight is the cosine of the smoothed features, in ``mix`` a share of
+        features and behaviour, in ``behaviour`` the share of the counts.
+
         Args:
             item_id: Internal id.
             modality: Name of a modality, or ``behaviour``: who is consumed together.
             k: How many, at most.
 
         Returns:
-            Internal ids and weights of the edges, heaviest first.
+            Internal ids and weights, heaviest first.
 
         Raises:
             InputError: If there is no such graph or item.

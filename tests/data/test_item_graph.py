@@ -103,8 +103,8 @@ def test_no_interactions_give_an_empty_graph():
         ([0, 0], [1], {}, r"\(T,\)"),
         ([0, 0], [0, 1], {}, r"items must lie in \[1, 5\), got 0 to 1"),
         ([0, 0], [1, 5], {}, r"items must lie in \[1, 5\), got 1 to 5"),
-        ([0], [1], {"window": 0}, "at least 1, got 0 and 1"),
-        ([0], [1], {"top_k": 0}, "at least 1, got 1 and 0"),
+        ([0], [1], {"window": 0}, "window must be at least 1 and top_k 0, got 0 and 1"),
+        ([0], [1], {"top_k": -1}, "window must be at least 1 and top_k 0, got 1 and -1"),
     ],
 )
 def test_bad_interactions_are_refused(users, items, options, message):
@@ -148,6 +148,26 @@ def test_knn_keeps_the_lower_number_among_equals():
     assert {j for j, _ in neighbours_of(graph, 5)} == {0, 1}
     assert {j for j, _ in neighbours_of(graph, 0)} == {1, 3}
     assert neighbours_of(graph, 2) == []  # orthogonal to all
+
+
+@pytest.mark.parametrize("block_mb", [1, 256])
+def test_knn_keeps_the_lower_numbers_though_products_round_differently(monkeypatch, block_mb):
+    """30 looks, each 20 times, at scales whose rows of length one differ in their last digits."""
+    rng = np.random.default_rng(0)
+    look = rng.permutation(np.repeat(np.arange(30), 20))
+    scale = rng.choice(np.array([1, 3, 7, 0.1], np.float32), len(look))
+    f = vectors(30, width=64)[look] * scale[:, None]
+    product = np.matmul
+
+    def shaken(a, b, out):
+        noise = rng.uniform(-3e-7, 3e-7, out.shape).astype(np.float32)
+        return np.add(product(a, b, out=out), noise, out=out)
+
+    monkeypatch.setattr(item_graph.np, "matmul", shaken)
+    graph = knn_graph(f, 5, block_mb=block_mb)
+    for i in range(len(look)):
+        same = [j for j in np.flatnonzero(look == look[i]) if j != i]
+        assert [j for j, _ in neighbours_of(graph, i)] == same[:5]
 
 
 def neighbours_of(graph, row):
@@ -198,13 +218,14 @@ def test_modal_graph_equals_loop_reference(relation_graph, beta):
 
 
 @pytest.mark.parametrize("relation_graph", ["smooth", "mix"])
-def test_modal_graph_is_exactly_symmetric_and_without_absent_items(relation_graph):
+def test_normalised_modal_graph_is_exactly_symmetric_and_without_absent_items(relation_graph):
     users, items = interactions()
     behaviour = behaviour_graph(users, items, 11, window=2, top_k=3)
     who = np.array([1, 2, 4, 5, 6, 8, 10])
     graph = modal_graph(
         vectors(len(who)), who, behaviour, relation_graph=relation_graph, knn_k=2, mix_beta=0.5
-    ).toarray()
+    )
+    graph = symmetric_normalise(graph).toarray()
     assert (graph == graph.T).all()
     assert not graph[[0, 3, 7, 9]].any()
     assert graph[who].any(axis=1).all()

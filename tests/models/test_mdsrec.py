@@ -66,11 +66,17 @@ def test_item_table_equals_loop_reference_in_value_and_gradient(world, use_id, n
     w = world(use_id=use_id, n_graph_layers=n_graph_layers, hidden_size=4)
     model = w.model.double()
     E = model.item_embedding.weight
-    graphs = {name: torch.from_numpy(g.toarray()).double() for name, g in graphs_of(model).items()}
-    graphs["id"] = reference.symmetric_normalise(graphs["behaviour"])
+    graphs = {
+        name: reference.symmetric_normalise(torch.from_numpy(g.toarray()).double())
+        for name, g in graphs_of(model).items()
+    }
+    graphs["id"] = graphs["behaviour"]
 
     blocks = []
     cold = untrained(w)
+    kept = torch.ones_like(E)
+    kept[cold] = 0
+    E = kept * E
     for name in model.modality_names:
         carried = reference.propagate(graphs[name], E, n_graph_layers)
         vectors = [torch.zeros_like(E[0])]
@@ -89,7 +95,7 @@ def test_item_table_equals_loop_reference_in_value_and_gradient(world, use_id, n
     table = model.item_table()
     assert_close(table, expected, atol=1e-6, rtol=1e-6)  # the graphs are float32
     weight = torch.randn_like(table)
-    inputs = [E, *model.project.parameters()]
+    inputs = [model.item_embedding.weight, *model.project.parameters()]
     assert_close(
         torch.autograd.grad((weight * table).sum(), inputs),
         torch.autograd.grad((weight * expected).sum(), inputs),
@@ -114,16 +120,21 @@ def test_id_that_training_does_not_know_has_no_vector(world):
     assert ids[known].any(-1).all()
 
 
-def test_cold_item_is_scored_by_its_features_and_not_by_its_own_embedding(world):
-    w = world()
+@pytest.mark.parametrize("use_id", [True, False])
+@pytest.mark.parametrize("n_graph_layers", [0, 1, 2])
+def test_cold_item_is_scored_by_its_features_and_not_by_its_own_embedding(
+    world, n_graph_layers, use_id
+):
+    w = world(n_graph_layers=n_graph_layers, use_id=use_id)
     model, batch = w.model, test_batch(w)
     cold = next(i for i in untrained(w) if w.dataset.item_features.present[i].all())
     with torch.no_grad():
         before = model.full_sort_predict(batch)[:, cold]
         assert before.any()
-        vectors = model.item_table()[cold]
+        table = model.item_table()
+        vectors = table[cold]
         model.item_embedding.weight[cold] += 1
-        assert_close(model.item_table()[cold], vectors)
+        assert_close(model.item_table(), table, rtol=0, atol=0)
 
         image = model.project.features["image"]
         image.values = image.values.clone()
@@ -311,15 +322,29 @@ def test_behaviour_graph_counts_histories_without_the_held_out_items(world):
     assert_close(graph, expected, atol=1e-6, rtol=0)  # the graph is float32
 
 
+def test_without_behaviour_the_graphs_know_the_features_alone(world):
+    w = world(behaviour_k=0)
+    assert w.model.graphs.behaviour.nnz == 0
+    look = w.dataset.item_features["text"]
+    who = look.present.nonzero().flatten()
+    alone = reference.knn_graph(look.values[look.rows[who]].double(), 10)
+    graph = torch.from_numpy(w.model.graphs.modal["text"].toarray()).double()
+    assert_close(graph[who][:, who], alone, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        carried = w.model.relations(w.model.item_embedding.weight)
+    assert carried[0].eq(0).all()  # nothing is carried to the id
+    assert w.model.full_sort_predict(test_batch(w)).isfinite().all()
+
+
 @pytest.mark.parametrize("relation_graph", ["smooth", "mix"])
 def test_items_without_a_modality_stand_apart_in_its_graph(world, relation_graph):
     w = world(relation_graph=relation_graph)
     for name, graph in w.model.graphs.modal.items():
         dense = graph.toarray()
-        assert (dense == dense.T).all()
         absent = ~w.dataset.item_features[name].present.numpy()
         assert absent.sum() > 1
         assert not dense[absent].any()
+        assert not dense[:, absent].any()
 
 
 # ------------------------------------------------------------------------------- reading

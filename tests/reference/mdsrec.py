@@ -99,7 +99,7 @@ def modal_graph(vectors, items, behaviour, relation_graph, k, beta):
     for a in range(n):
         for b in range(n):
             graph[items[a], items[b]] = alike[a, b]
-    return symmetric_normalise(graph)
+    return graph
 
 
 def propagate(graph, x, n_layers):
