@@ -13,7 +13,7 @@ common=(--data_path="$data" --MAX_ITEM_LIST_LENGTH=50)
 
 for model in ${models//,/ } CAMMSR; do
     files=()
-    if [[ $model == CAMMSR ]]; then # a third of the cost of the paper's gate, and as good
+    if [[ $model == CAMMSR ]]; then # about half of the cost of the paper's gate, and as good
         files=(--config_files=properties/ablation/CAMMSR/causal.yaml)
     fi
     recbole-mm tune --model=$model --dataset=amazon-scientific-clip --trials=20 \

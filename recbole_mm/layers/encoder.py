@@ -41,6 +41,41 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     return _ACTIVATIONS[name]
 
 
+class DynamicTanh(nn.Module):
+    r"""Element-wise stand-in for a normalisation layer: :math:`y = \tanh(\alpha x)`.
+
+    Source: Zhu et al., *Transformers without Normalization*, CVPR 2025, in the form of CAMMSR
+    (arXiv 2603.04320, Eq. 12): one trained scalar, no affine map after it.
+
+    Args:
+        initial_alpha: First value of :math:`\alpha`. [inferred: Zhu et al. use 0.5]
+
+    Shape:
+        - input and output: any
+    """
+
+    def __init__(self, initial_alpha: float = 0.5) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.tensor(float(initial_alpha)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Squash every entry into (-1, 1)."""
+        return torch.tanh(self.alpha * x)
+
+
+def normalisation(name: str, width: int, eps: float) -> nn.Module:
+    """``layernorm`` over the last dimension, or ``dyt``, see :class:`DynamicTanh`.
+
+    Raises:
+        ValueError: If the name is neither.
+    """
+    if name == "layernorm":
+        return nn.LayerNorm(width, eps=eps)
+    if name == "dyt":
+        return DynamicTanh()
+    raise ValueError(f"{name!r} is unknown; use one of dyt, layernorm")
+
+
 class FeedForward(nn.Module):
     r"""Position-wise feed-forward layer, post-norm.
 
@@ -55,6 +90,7 @@ class FeedForward(nn.Module):
         hidden_act: Name of :math:`\sigma`, see :func:`activation`.
         dropout: Probability of dropping an entry before the residual sum.
         layer_norm_eps: Added to the variance in layer norm.
+        norm: ``layernorm``, or ``dyt`` for :class:`DynamicTanh` in its place.
 
     Shape:
         - input and output: ``(..., D)``
@@ -67,12 +103,13 @@ class FeedForward(nn.Module):
         hidden_act: str,
         dropout: float,
         layer_norm_eps: float,
+        norm: str = "layernorm",
     ) -> None:
         super().__init__()
         self.activation = activation(hidden_act)
         self.dense_1 = nn.Linear(hidden_size, inner_size)
         self.dense_2 = nn.Linear(inner_size, hidden_size)
-        self.LayerNorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.LayerNorm = normalisation(norm, hidden_size, layer_norm_eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,6 +136,7 @@ class MultiHeadAttention(nn.Module):
         hidden_dropout: Dropout before the residual sum.
         attn_dropout: Dropout on the attention probabilities.
         layer_norm_eps: Added to the variance in layer norm.
+        norm: ``layernorm``, or ``dyt`` for :class:`DynamicTanh` in its place.
 
     Shape:
         - query: ``(B, T, D)``
@@ -118,6 +156,7 @@ class MultiHeadAttention(nn.Module):
         hidden_dropout: float,
         attn_dropout: float,
         layer_norm_eps: float,
+        norm: str = "layernorm",
     ) -> None:
         super().__init__()
         if hidden_size % n_heads != 0:
@@ -130,7 +169,7 @@ class MultiHeadAttention(nn.Module):
         self.key = nn.Linear(hidden_size, hidden_size)
         self.value = nn.Linear(hidden_size, hidden_size)
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.LayerNorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
+        self.LayerNorm = normalisation(norm, hidden_size, layer_norm_eps)
         self.out_dropout = nn.Dropout(hidden_dropout)
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -170,13 +209,14 @@ class TransformerLayer(nn.Module):
         attn_dropout: float,
         hidden_act: str,
         layer_norm_eps: float,
+        norm: str,
     ) -> None:
         super().__init__()
         self.multi_head_attention = MultiHeadAttention(
-            hidden_size, n_heads, hidden_dropout, attn_dropout, layer_norm_eps
+            hidden_size, n_heads, hidden_dropout, attn_dropout, layer_norm_eps, norm
         )
         self.feed_forward = FeedForward(
-            hidden_size, inner_size, hidden_act, hidden_dropout, layer_norm_eps
+            hidden_size, inner_size, hidden_act, hidden_dropout, layer_norm_eps, norm
         )
 
     def forward(
@@ -199,6 +239,7 @@ class TransformerEncoder(nn.Module):
         attn_dropout_prob: Dropout on attention probabilities.
         hidden_act: Activation of the feed-forward layer, see :func:`activation`.
         layer_norm_eps: Added to the variance in layer norm.
+        norm: ``layernorm``, or ``dyt`` for :class:`DynamicTanh` in its place.
 
     Shape:
         - x: ``(B, L, D)``, padded on the right with anything finite
@@ -206,7 +247,7 @@ class TransformerEncoder(nn.Module):
 
     Raises:
         ValueError: If ``n_layers`` is below 1, ``n_heads`` does not divide ``hidden_size`` or
-            ``hidden_act`` is unknown.
+            ``hidden_act`` or ``norm`` is unknown.
     """
 
     def __init__(
@@ -219,6 +260,7 @@ class TransformerEncoder(nn.Module):
         attn_dropout_prob: float = 0.5,
         hidden_act: str = "gelu",
         layer_norm_eps: float = 1e-12,
+        norm: str = "layernorm",
     ) -> None:
         super().__init__()
         if n_layers < 1:
@@ -231,6 +273,7 @@ class TransformerEncoder(nn.Module):
             attn_dropout_prob,
             hidden_act,
             layer_norm_eps,
+            norm,
         )
         # copies, as in RecBole: a model that draws its weights afterwards draws the same ones
         self.layer = nn.ModuleList(copy.deepcopy(layer) for _ in range(n_layers))
@@ -286,25 +329,3 @@ class TransformerEncoder(nn.Module):
 def _visible(x: Tensor, length: Tensor) -> Tensor:
     """Real keys of each row, (B, L); an empty row sees its first padding, lest softmax be NaN."""
     return torch.arange(x.shape[1], device=x.device) < length.clamp(min=1)[:, None]
-
-
-class DynamicTanh(nn.Module):
-    r"""Element-wise stand-in for a normalisation layer: :math:`y = \tanh(\alpha x)`.
-
-    Source: Zhu et al., *Transformers without Normalization*, CVPR 2025, in the form of CAMMSR
-    (arXiv 2603.04320, Eq. 12): one trained scalar, no affine map after it.
-
-    Args:
-        initial_alpha: First value of :math:`\alpha`. [inferred: Zhu et al. use 0.5]
-
-    Shape:
-        - input and output: any
-    """
-
-    def __init__(self, initial_alpha: float = 0.5) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.tensor(float(initial_alpha)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Squash every entry into (-1, 1)."""
-        return torch.tanh(self.alpha * x)

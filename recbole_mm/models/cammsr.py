@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from recbole_mm.errors import InputError
 from recbole_mm.explain import Table, by_activity, by_category
-from recbole_mm.layers.encoder import DynamicTanh, TransformerEncoder
+from recbole_mm.layers.encoder import TransformerEncoder, normalisation
 from recbole_mm.layers.experts import AttentiveGate, GatedExperts, LinearGate
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.losses.contrastive import in_batch_info_nce
@@ -64,11 +64,14 @@ class CAMMSR(MultimodalSequentialRecommender):
     side, in the width ``M * D``.
 
     Departures from the paper: none in its equations. Where it leaves a choice open, the
-    properties file names the default and its source. Its data are complete; ours need not be
-    [ours]: of a modality that an item lacks, the vector x is zero, so that it adds nothing to the
-    item's score; it is no key of the gate, its weight is zero and it is never swapped; its
-    Transformer sees the position alone. Everything that treats a position on its own skips
-    padding. The softmax of the loss leaves the padding item out.
+    properties file names the default and its source; without a key are: the causal mask of the
+    Transformers, and candidates without a position [inferred: HM4SR], and the direction of the
+    contrast, whose anchor is the first modality of a pair [ours]. Its data are complete; ours need
+    not be [ours]: of a modality that an item lacks, the vector x is zero, so that it adds nothing
+    to the item's score; it is no key of the gate, its weight is zero and it is never swapped; its
+    Transformer sees the position alone. A history without any item of a modality takes no part in
+    the contrast of its pairs. Everything that treats a position on its own skips padding. The
+    softmax of the loss leaves the padding item out.
 
     Raises:
         InputError: If a key has an impossible value, or categories are missing.
@@ -126,9 +129,7 @@ class CAMMSR(MultimodalSequentialRecommender):
         eps = config["layer_norm_eps"]
         self.input_norm = nn.ModuleDict(
             {
-                name: DynamicTanh()
-                if config["input_norm"] == "dyt"
-                else nn.LayerNorm(self.hidden_size, eps=eps)
+                name: normalisation(config["input_norm"], self.hidden_size, eps)
                 for name in self.modality_names
             }
         )
@@ -144,6 +145,7 @@ class CAMMSR(MultimodalSequentialRecommender):
                     attn_dropout_prob=config["attn_dropout_prob"],
                     hidden_act=config["hidden_act"],
                     layer_norm_eps=eps,
+                    norm="dyt" if config["dyt_in_encoder"] else "layernorm",
                 )
                 for name in self.modality_names
             }
@@ -194,7 +196,10 @@ class CAMMSR(MultimodalSequentialRecommender):
 
     @torch.no_grad()
     def modality_weights(self, interaction: Interaction) -> tuple[Tensor, Tensor]:
-        """What the categories, or their absence, make each modality weigh in each position.
+        r"""What the categories, or their absence, make the experts weigh in each modality.
+
+        The weights are those of the experts' output :math:`\hat e^m` beside a modality's own
+        vector; they do not say how much the modality adds to a score.
 
         Args:
             interaction: A batch of histories.
@@ -212,6 +217,10 @@ class CAMMSR(MultimodalSequentialRecommender):
     @torch.no_grad()
     def explain(self, material: Material) -> dict[str, Table]:
         """Means of :meth:`modality_weights` over the test histories.
+
+        With ``category_reduction: sum`` and ``category_loss_weight: 0``, as printed, nothing trains
+        the maps that predict categories; with many categories their weights are nearly one-hot,
+        and which modality gets them differs from seed to seed.
 
         Returns:
             ``modality_by_category``: over the positions whose item has the category;
@@ -231,7 +240,7 @@ class CAMMSR(MultimodalSequentialRecommender):
             mean = weights.double().sum(1) / length[:, None]  # padding weighs zero
             frame = pd.DataFrame(mean.numpy(), columns=names)
             users.append(frame.assign(history_length=length.numpy()))
-        what = "mean weight of a modality"
+        what = "mean weight w of the experts' output"
         return {
             "modality_by_category": Table(
                 by_category(
@@ -321,12 +330,18 @@ class CAMMSR(MultimodalSequentialRecommender):
         )
         if views is not None:
             first, second = torch.cat(view_states)[self.view_place].chunk(2)  # (P, B, D) each
+            has = self.present[item_seq].any(1).T[self.pairs]  # (2, P, B); padding has the id only
             pair_loss = partial(
                 in_batch_info_nce,
                 temperature=self.contrast_temperature,
                 group=target if self.mask_same_target else None,
             )
-            contrast = self.contrast_weight * torch.vmap(pair_loss)(first, second).sum()
+            contrast = (
+                self.contrast_weight
+                * torch.vmap(lambda one, other, both: pair_loss(one, other, present=both))(
+                    first, second, has[0] & has[1]
+                ).sum()
+            )
         if self.category_loss_weight > 0:
             category = self.category_loss_weight * fused.category_loss
         return ranking, contrast, category

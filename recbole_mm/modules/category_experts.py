@@ -29,7 +29,8 @@ class Guidance(NamedTuple):
 
     Attributes:
         weights: ``(T, M)``, w; sums to one over the modalities that are present.
-        loss: Scalar, mean of d over the modalities of the positions that have a category.
+        loss: Scalar, mean binary cross-entropy over the categories, the modalities that are present
+            and the positions that have a category.
     """
 
     weights: Tensor
@@ -45,10 +46,11 @@ class CategoryGuidance(nn.Module):
         w^m = \operatorname{softmax}_m (s \, d^m)
 
     with ``s`` the ``sign``. As printed, ``s = 1``: the modality that predicts the categories
-    *worse* gets *more* weight. Where an item has no category all weights are equal.
+    *worse* gets *more* weight. Where an item has no category all weights are equal. The loss is
+    the mean of :math:`\operatorname{BCE}(\hat y^m_c, y_c)`, whatever ``reduction`` and ``pool``.
 
     Source: CAMMSR, Eq. (8)-(11) [paper], the pool ``max`` too; ``sign`` -1, ``reduction`` mean
-    and the mean of d as a loss [ours].
+    [ours]; the loss [inferred: HM4SR].
 
     Args:
         n_modalities: Number of modalities ``M``.
@@ -99,22 +101,18 @@ class CategoryGuidance(nn.Module):
     def forward(self, e: Tensor, present: Tensor, labels: Tensor) -> Guidance:
         """Weigh the modalities of every position; shapes as in the class."""
         known = labels.any(-1, keepdim=True)  # (T, 1)
-        d = torch.where(known, self._error(e, labels), 0.0)  # (T, M)
-        weights = masked_softmax(self.sign * d, present)
-        loss = masked_mean(d.flatten(), (present & known).flatten(), dim=0)
-        return Guidance(weights, loss)
-
-    def _error(self, e: Tensor, labels: Tensor) -> Tensor:
-        """The error d of each modality, (T, M), Eq. (8)-(9)."""
         logits_MTC = torch.baddbmm(self.bias.unsqueeze(1), e.transpose(0, 1), self.weight)
-        if self.pool == "multihot":
-            target = labels.to(logits_MTC.dtype).expand_as(logits_MTC)
-            error = F.binary_cross_entropy_with_logits(logits_MTC, target, reduction="none").sum(-1)
-        else:
-            # d against label c alone is sum_c' softplus(logit_c') - logit_c
+        target = labels.to(logits_MTC.dtype).expand_as(logits_MTC)
+        error = F.binary_cross_entropy_with_logits(logits_MTC, target, reduction="none").sum(-1).T
+        loss = masked_mean(error.flatten(), (present & known).flatten(), dim=0) / labels.shape[-1]
+        if self.pool == "max":
+            # against label c alone it is sum_c' softplus(logit_c') - logit_c
             lowest = logits_MTC.masked_fill(~labels, torch.inf).amin(-1)
-            error = F.softplus(logits_MTC).sum(-1) - lowest
-        return (error / labels.shape[-1] if self.reduction == "mean" else error).T
+            error = (F.softplus(logits_MTC).sum(-1) - lowest).T
+        if self.reduction == "mean":
+            error = error / labels.shape[-1]
+        d = torch.where(known, error, 0.0)  # (T, M), Eq. (8)-(9)
+        return Guidance(masked_softmax(self.sign * d, present), loss)
 
 
 class Fused(NamedTuple):

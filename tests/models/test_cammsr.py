@@ -78,10 +78,11 @@ def handmade(targets_everywhere):
         [whole, no_text, no_image, other],
         [no_category],
         [no_image, no_category],
+        [no_image, no_image],  # takes no part in the contrast of images
     ]
-    following = [[5, 6, 7, 8], [8], [9, 10]]  # two rows have the same last target
-    padded = torch.zeros(3, 6, dtype=torch.int64)
-    next_items = torch.zeros(3, 6, dtype=torch.int64)
+    following = [[5, 6, 7, 8], [8], [9, 10], [6, 11]]  # two rows have the same last target
+    padded = torch.zeros(4, 6, dtype=torch.int64)
+    next_items = torch.zeros(4, 6, dtype=torch.int64)
     for row, (history, targets) in enumerate(zip(histories, following, strict=True)):
         padded[row, : len(history)] = torch.tensor(history)
         next_items[row, : len(history)] = torch.tensor(targets)
@@ -106,11 +107,13 @@ WHOLE = {
         "category_reduction": "mean",
         "category_pool": "max",
         "input_norm": "layernorm",
+        "dyt_in_encoder": True,
         "contrast_temperature": 0.2,
         "swap_ratio": 0.8,
         "swap_pairs": [["image", "id"]],
         "mask_same_target": True,
     },
+    "one expert": {"n_experts": 1},
     "linear gate, no guidance": {
         "gate": "linear",
         "category_guided": False,
@@ -162,6 +165,16 @@ def test_every_term_and_gradient_equals_loops(values):
     theirs = torch.autograd.grad(sum(expected), list(state.values()))
     for (name, parameter), gradient in zip(state.items(), theirs, strict=True):
         assert_close(parameter.grad, gradient, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_history_without_a_modality_is_no_negative_of_others():
+    """Two histories without a picture, of equal length, would have the same state there."""
+    no_image = incomplete_items()[1]
+    _, _, batch = handmade(False)
+    with_both = loss(cammsr(swap_pairs=[["id", "image"]]), batch)[1]
+    others = batch[torch.tensor([0, 1, 2])]
+    assert (batch["item_id_list"][3, :2] == no_image).all()
+    assert_close(with_both, loss(cammsr(swap_pairs=[["id", "image"]]), others)[1])
 
 
 # ------------------------------------------------------------------ reductions

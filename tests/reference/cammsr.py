@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from tests.reference.encoder import gelu, layer_norm, transformer
+from tests.reference.encoder import gelu, norm, transformer
 from tests.reference.losses import info_nce
 
 
@@ -73,7 +73,7 @@ def category_error(logits, labels, reduction, pool):
 
 
 def guidance(weight, bias, e, present, labels, sign, reduction, pool):
-    """Eq. (8)-(11): weights [j][m], and all d that count."""
+    """Eq. (8)-(11): weights [j][m], and the mean BCE over categories wherever it counts."""
     weights, errors = [], []
     M = len(weight)
     for e_j, there, truth in zip(e, present, labels, strict=True):
@@ -84,7 +84,11 @@ def guidance(weight, bias, e, present, labels, sign, reduction, pool):
                 category_error(e_j[m] @ weight[m] + bias[m], truth, reduction, pool)
                 for m in range(M)
             ]
-            errors += [d[m] for m in range(M) if there[m]]
+            errors += [
+                category_error(e_j[m] @ weight[m] + bias[m], truth, "mean", "multihot")
+                for m in range(M)
+                if there[m]
+            ]
         shown = [m for m in range(M) if there[m]]
         shares = dict(zip(shown, softmax([sign * d[m] for m in shown]), strict=True))
         weights.append([shares.get(m, zero) for m in range(M)])
@@ -92,7 +96,7 @@ def guidance(weight, bias, e, present, labels, sign, reduction, pool):
 
 
 def fuse(state, e, present, labels, options, prefix=""):
-    """Eq. (5)-(11) for one sequence: fused vectors [j][m], weights [j][m], all d that count."""
+    """Eq. (5)-(11) for one sequence: fused vectors [j][m], weights [j][m], errors that count."""
     seen = [
         [e_m if there else torch.zeros_like(e_m) for e_m, there in zip(e_j, p_j, strict=True)]
         for e_j, p_j in zip(e, present, strict=True)
@@ -125,11 +129,7 @@ def fuse(state, e, present, labels, options, prefix=""):
 
 def interest(state, name, rows, options):
     """Eq. (12)-(13): states of one modality's Transformer at all positions."""
-    norm = f"input_norm.{name}"
-    if f"{norm}.alpha" in state:
-        rows = [torch.tanh(state[f"{norm}.alpha"] * x) for x in rows]
-    else:
-        rows = [layer_norm(x, state[f"{norm}.weight"], state[f"{norm}.bias"], 1e-12) for x in rows]
+    rows = [norm(state, f"input_norm.{name}", x, 1e-12) for x in rows]
     start = f"encoder.{name}."
     part = {key.removeprefix(start): t for key, t in state.items() if key.startswith(start)}
     return transformer(
@@ -201,11 +201,15 @@ def losses(state, features, labels, histories, targets, swapped, options):
 
     contrast = torch.zeros((), dtype=torch.float64)
     group = last_targets if options["mask_same_target"] else range(len(histories))
-    everyone = [True] * len(histories)
-    for p in range(len(options["pairs"])):
+    occurs = [
+        [any(m == 0 or features[name][i] is not None for i in h) for m, name in enumerate(names)]
+        for h in histories
+    ]
+    for p, (a, b) in enumerate(options["pairs"]):
+        both = [there[a] and there[b] for there in occurs]
         first, second = ([row[p][side] for row in views] for side in (0, 1))
         temperature = options["contrast_temperature"]
-        contrast = contrast + info_nce(first, second, temperature, group, everyone)
+        contrast = contrast + info_nce(first, second, temperature, group, both)
     mean_error = sum(errors) / len(errors) if errors else torch.zeros((), dtype=torch.float64)
     return (
         sum(ranking) / len(ranking),

@@ -13,6 +13,13 @@ def layer_norm(x, weight, bias, eps):
     return torch.stack([(v - mean) / (variance + eps) ** 0.5 for v in x]) * weight + bias
 
 
+def norm(state, name, x, eps):
+    """Layer norm, or tanh(alpha x) if that is what the state holds."""
+    if f"{name}.alpha" in state:
+        return torch.tanh(state[f"{name}.alpha"] * x)
+    return layer_norm(x, state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+
 def gelu(x):
     return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
@@ -40,14 +47,12 @@ def attention(state, name, j, rows, visible, n_heads, eps):
             )
         )
     mixed = linear(state, f"{name}.dense", torch.cat(heads)) + rows[j]
-    norm = f"{name}.LayerNorm"
-    return layer_norm(mixed, state[f"{norm}.weight"], state[f"{norm}.bias"], eps)
+    return norm(state, f"{name}.LayerNorm", mixed, eps)
 
 
 def feed_forward(state, name, x, eps):
     y = linear(state, f"{name}.dense_2", gelu(linear(state, f"{name}.dense_1", x))) + x
-    norm = f"{name}.LayerNorm"
-    return layer_norm(y, state[f"{norm}.weight"], state[f"{norm}.bias"], eps)
+    return norm(state, f"{name}.LayerNorm", y, eps)
 
 
 def transformer(state, x, length, n_layers, n_heads, causal, eps=1e-12):
