@@ -158,7 +158,7 @@ def gbce_loss(
         t: Calibration, 0 to 1. [gSASRec: 0.75]
 
     Returns:
-        Scalar, the mean over targets; 0 if there are none.
+        Scalar, the mean over targets, in float32 or wider; 0 if there are none.
 
     Raises:
         ValueError: If the shapes do not fit, there is no negative, there are more negatives
@@ -176,5 +176,9 @@ def gbce_loss(
         raise ValueError(f"t must be between 0 and 1, got {t}")
     alpha = n_negatives / (n_items - 1)
     beta = alpha * (t * (1 - 1 / alpha) + 1 / alpha)
-    per_target = -beta * F.logsigmoid(positive_logit) + F.softplus(negative_logits).sum(1)
+    wide = torch.promote_types(
+        negative_logits.dtype, torch.float32
+    )  # sums of K half-precision terms
+    surprise = F.softplus(negative_logits.to(wide)).sum(1)
+    per_target = surprise - beta * F.logsigmoid(positive_logit.to(wide))
     return per_target.sum() / (max(1, len(per_target)) * (n_negatives + 1))

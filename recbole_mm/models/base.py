@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from recbole.model.abstract_recommender import SequentialRecommender
 from recbole.utils import InputType
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from recbole_mm.errors import InputError
 from recbole_mm.losses.ranking import gbce_loss, next_item_cross_entropy
@@ -206,10 +207,26 @@ class MultimodalSequentialRecommender(SequentialRecommender):
         self, state: Tensor, items: Tensor, target: Tensor, negatives: Tensor
     ) -> Tensor:
         # F.embedding, not items[...]: its gradient has one order of summation, whatever the threads
-        positive = (state * F.embedding(target, items)).sum(-1)  # (T,)
-        logits = state @ F.embedding(negatives, items).T  # (T, K)
-        logits = logits.masked_fill(target[:, None] == negatives, float("-inf"))
-        return gbce_loss(positive, logits, n_items=self.n_items - 1, t=self.gbce_t)
+        candidates = F.embedding(negatives, items)  # (K, D)
+
+        def of_some(state: Tensor, target: Tensor) -> Tensor:
+            positive = (state * F.embedding(target, items)).sum(-1)  # (T',)
+            logits = state @ candidates.T  # (T', K)
+            logits = logits.masked_fill(target[:, None] == negatives, float("-inf"))
+            mean = gbce_loss(positive, logits, n_items=self.n_items - 1, t=self.gbce_t)
+            return mean * len(target)
+
+        # logits, what is left of them by the mask, and both gradients
+        rows = max(1, int(self.loss_memory_mb * 2**20 / (4 * 4 * len(negatives))))
+        if len(target) <= rows:
+            return of_some(state, target) / max(1, len(target))
+        # the scores of a piece are computed again in the backward pass, where no other's are kept
+        pieces = zip(torch.split(state, rows), torch.split(target, rows), strict=True)
+        losses = [
+            checkpoint(of_some, *piece, use_reentrant=False, preserve_rng_state=False)
+            for piece in pieces
+        ]
+        return torch.stack(losses).sum() / len(target)
 
     def scoring_table(self) -> Tensor:
         """:meth:`item_table`, computed once for an evaluation pass.

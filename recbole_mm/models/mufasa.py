@@ -112,6 +112,13 @@ class MUFASA(MultimodalSequentialRecommender):
             if names and any(weights.values())
             else None
         )
+        pretrained = self.fusion_losses is not None and config["mfl_pretrain_epochs"] > 0
+        if config["freeze_mfl"] and names and not pretrained:
+            raise ValueError(
+                "freeze_mfl: True keeps the fusion layer as pre-training left it, and there is no "
+                "pre-training; set mfl_pretrain_epochs and a loss weight above 0, or freeze_mfl: "
+                "False"
+            )
         # terms of weight 0 are not computed
         if self.fusion_losses is not None:
             self.loss_names = (
@@ -151,9 +158,8 @@ class MUFASA(MultimodalSequentialRecommender):
             use_selected=config["use_selected"],
         )
         categories = dataset.item_categories
-        self.register_buffer(
-            "categories", None if categories is None else categories.multi_hot, persistent=False
-        )
+        genres = None if categories is None else _telling(categories.multi_hot)
+        self.register_buffer("genres", genres, persistent=False)
         self.apply(self._init_weights)
         # what stands in a history for an item without id and content; layer norm has no gradient
         # to speak of at the zero vector that such an item has as a candidate
@@ -314,7 +320,7 @@ class MUFASA(MultimodalSequentialRecommender):
             present,
             anchor(items),
             ids=self.item_embedding.weight[items] if self.aligns_ids else None,
-            categories=None if self.categories is None else self.categories[items],
+            categories=None if self.genres is None else self.genres[items],
             neighbours=neighbours,
         )
         return terms
@@ -340,3 +346,13 @@ class MUFASA(MultimodalSequentialRecommender):
         mask = torch.zeros(len(items), len(items), dtype=torch.bool, device=items.device)
         mask[first[both], second[both]] = True
         return mask | mask.T
+
+
+def _telling(multi_hot: Tensor) -> Tensor:
+    """Categories of items (N, C), without those that more than half of the items have.
+
+    Such a category, often the root of a shop's tree, says nothing of the genre; with it no two
+    items would be of different genres.
+    """
+    has_some = multi_hot.any(1, keepdim=True).sum()
+    return multi_hot & (multi_hot.sum(0) <= 0.5 * has_some)

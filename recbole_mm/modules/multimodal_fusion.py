@@ -38,7 +38,8 @@ class MultimodalFusion(nn.Module):
 
     An absent modality has weight exactly zero, whatever stands there. An item without its anchor
     is asked by the mean of what it has. An item without any modality gets the zero vector, and
-    no gradient. Items do not see each other: the whole catalogue may be one call.
+    no gradient. Items do not see each other: the whole catalogue may be one call. There is no
+    dropout: the vectors of the catalogue are the same for all histories of a batch.
 
     Source: MUFASA; the title as anchor is [paper], the formula [ours].
 
@@ -48,8 +49,6 @@ class MultimodalFusion(nn.Module):
         n_heads: Heads ``H``.
         inner_size: Width inside the feed-forward layer.
         hidden_act: Activation of the feed-forward layer, see ``layers.encoder.activation``.
-        hidden_dropout_prob: Dropout before each residual sum.
-        attn_dropout_prob: Dropout on the attention weights.
         layer_norm_eps: Added to the variance in layer norm.
         use_anchor: ``False`` asks by the mean of the present modalities for every item, the
             "no anchor" ablation.
@@ -72,8 +71,6 @@ class MultimodalFusion(nn.Module):
         n_heads: int = 2,
         inner_size: int = 256,
         hidden_act: str = "gelu",
-        hidden_dropout_prob: float = 0.0,
-        attn_dropout_prob: float = 0.0,
         layer_norm_eps: float = 1e-12,
         use_anchor: bool = True,
     ) -> None:
@@ -89,22 +86,18 @@ class MultimodalFusion(nn.Module):
         self.key = nn.Linear(hidden_size, hidden_size, bias=False)  # one would cancel in softmax
         self.value = nn.Linear(hidden_size, hidden_size)
         self.dense = nn.Linear(hidden_size, hidden_size)
-        self.attn_dropout = nn.Dropout(attn_dropout_prob)
-        self.out_dropout = nn.Dropout(hidden_dropout_prob)
         self.LayerNorm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
-        self.feed_forward = FeedForward(
-            hidden_size, inner_size, hidden_act, hidden_dropout_prob, layer_norm_eps
-        )
+        self.feed_forward = FeedForward(hidden_size, inner_size, hidden_act, 0.0, layer_norm_eps)
 
     def forward(self, h: Tensor, present: Tensor) -> Tensor:
         """Fused item vectors z; shapes as in the class."""
         self._check(h, present)
         h = h.masked_fill(~present[..., None], 0.0)
         asked_by = self._asked_by(h, present)  # (N, D)
-        weights = self.attn_dropout(self._weights(asked_by, h, present))  # (N, M, H)
+        weights = self._weights(asked_by, h, present)  # (N, M, H)
         # products and sums, not a batched matmul or SDPA: M is a handful of keys
         mixed = (weights[..., None] * self._heads(self.value(h))).sum(1).flatten(1)  # (N, D)
-        z = self.LayerNorm(asked_by + self.out_dropout(self.dense(mixed)))
+        z = self.LayerNorm(asked_by + self.dense(mixed))
         fused: Tensor = self.feed_forward(z)
         return fused.masked_fill(~present.any(1, keepdim=True), 0.0)
 
@@ -112,7 +105,7 @@ class MultimodalFusion(nn.Module):
         """What each modality contributes to an item, for interpretation.
 
         Returns:
-            ``(N, M)``, the mean over heads, without dropout; a row sums to one, or to zero for
+            ``(N, M)``, the mean over heads; a row sums to one, or to zero for
             an item without any modality.
         """
         self._check(h, present)

@@ -61,7 +61,11 @@ def tiles(total: int, scores_each: int, device: torch.device) -> Iterator[slice]
 
 
 def scores_of(query: Tensor, key: Tensor) -> Tensor:
-    """Products of query (..., T, d) and key (..., K, d): (..., T, K), in float32 at least."""
+    """Products of query (..., T, d) and key (..., K, d): (..., T, K), in float32 at least.
+
+    Sums are taken in float32; of bfloat16 and float16 operands each product arrives rounded to
+    their type, as ``torch.bmm`` gives it (SDPA keeps float32 there, and is a little more exact).
+    """
     return _accumulated(torch.bmm(query, key.transpose(1, 2)))
 
 
@@ -167,7 +171,7 @@ class Dropout:
     """
 
     def __init__(self, rate: float, generator: torch.Generator | None) -> None:
-        self.threshold = round(rate * _LEVELS)
+        self.threshold = min(round(rate * _LEVELS), _LEVELS - 1)
         self.scale = _LEVELS / (_LEVELS - self.threshold)
         self.generator = generator
         self.drawn: list[Tensor] = []

@@ -71,8 +71,10 @@ def sparse_attention(
         key: ``(B, H, L, d)``.
         value: ``(B, H, L, d)``.
         gate: ``(B, H, L, G)``, weight of each branch in use, in the order window, block level,
-            selection.
-        length: ``(B,)`` integer, real positions of each row; padding is on the right.
+            selection. Positive: its logarithm is taken (values are not checked, which would make a
+            GPU wait).
+        length: ``(B,)`` integer, real positions of each row, at most L (not checked); padding is
+            on the right.
         block_size: Tokens ``b`` in a block.
         window_size: Keys ``w`` in the window, the query's own included.
         block_key: ``(B, H, C, d)``, key of each finished block; needed by the block level, and

@@ -18,8 +18,8 @@ SMALL = {
     "train_batch_size": 64,
     "show_progress": False,
 }
-# histories of a dozen items must fill several blocks
-OF_MODEL = {"MUFASA": {"window_size": 4, "block_size": 3, "n_selected_blocks": 2}}
+# histories of a dozen items must fill several blocks, and be long enough for the sparse form
+OF_MODEL = {"MUFASA": {"window_size": 2, "block_size": 2, "n_selected_blocks": 2}}
 
 
 @cache

@@ -7,6 +7,7 @@ import torch
 import yaml
 from recbole.data.interaction import Interaction
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_mm.config import PROPERTIES
 from recbole_mm.losses.ranking import gbce_loss
@@ -21,6 +22,20 @@ BASE |= {"MAX_ITEM_LIST_LENGTH", "device", "train_objective", "category_field"}
 BASE |= {"feature_cache_dir"}
 WIRING = {"train_batch_size", "train_neg_sample_args", "MAX_ITEM_LIST_LENGTH", "train_objective"}
 WIRING |= {"mfl_pretrain_epochs", "freeze_mfl", "category_field"}
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shape of every tensor that an operation returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.seen.add(tuple(out.shape))
+        return out
 
 
 class Recording:
@@ -165,6 +180,28 @@ def test_sampled_negatives_train_every_parameter_too(name, objective, build):
     sum(losses).backward()
     silent = [n for n, p in world.model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
+
+
+@every_model
+@every_objective
+def test_sampled_negatives_are_scored_in_pieces_within_the_memory(name, objective, build):
+    if not MODELS[name].samples_negatives or not offered(name, objective):
+        pytest.skip("not offered")
+    batch = batch_of(build(name, train_objective=objective, n_negatives=20))
+    found = []
+    for rows in (10_000, 17):  # more than the width of the vectors, whose product has a (D, K)
+        world = build(name, train_objective=objective, n_negatives=20)
+        world.model.loss_memory_mb = rows * 4 * 4 * 20 / 2**20
+        torch.manual_seed(4)
+        with Shapes() as shapes:
+            loss = world.model.calculate_loss(batch)[0]
+            loss.backward()
+        largest = max(shape[0] for shape in shapes.seen if len(shape) == 2 and shape[1] == 20)
+        assert largest == 17 if rows == 17 else largest > 17
+        grads = [p.grad for p in world.model.parameters() if p.grad is not None]
+        found.append((loss, grads))
+    assert_close(*(loss for loss, _ in found))
+    assert_close(*(grads for _, grads in found), rtol=1e-4, atol=1e-6)
 
 
 @every_model

@@ -95,7 +95,7 @@ def test_fusion_equals_loop_reference(use_anchor):
 
 @pytest.mark.parametrize("use_anchor", [True, False])
 def test_attention_weights_are_the_mean_over_heads_of_the_loop(use_anchor):
-    layer, h = fusion(use_anchor=use_anchor, attn_dropout_prob=0.5), modalities()
+    layer, h = fusion(use_anchor=use_anchor), modalities()
     weights = layer.attention_weights(h, PRESENT)
     h, state = h.detach(), layer.state_dict()
     for i in range(N):
@@ -157,23 +157,6 @@ def test_every_parameter_of_the_layer_gets_a_gradient():
     (layer(h, PRESENT) * torch.randn(N, D)).sum().backward()
     silent = [n for n, p in layer.named_parameters() if p.grad.abs().max() < 1e-9]
     assert silent == []
-
-
-def test_attention_dropout_falls_on_the_weights():
-    # every weight dropped: as if the values were zero
-    dropped, h = fusion(attn_dropout_prob=1.0), modalities()
-    plain = fusion()
-    plain.load_state_dict(dropped.state_dict())
-    torch.nn.init.zeros_(plain.value.weight)
-    torch.nn.init.zeros_(plain.value.bias)
-    assert_close(dropped(h, PRESENT), plain(h, PRESENT))
-
-
-def test_dropout_acts_in_training_only():
-    layer, h = fusion(hidden_dropout_prob=0.5, attn_dropout_prob=0.5), modalities()
-    assert (layer(h, PRESENT) - layer(h, PRESENT)).abs().max() > 1e-3
-    layer.eval()
-    assert_close(layer(h, PRESENT), layer(h, PRESENT), atol=0, rtol=0)
 
 
 def test_fusion_refuses_what_does_not_fit():

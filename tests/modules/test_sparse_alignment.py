@@ -15,7 +15,8 @@ from recbole_mm.modules.sparse_alignment import (
 from tests.reference import sparse_attention as reference
 
 L, D, H = 19, 8, 2
-SIZES = {"window_size": 5, "block_size": 4, "n_selected_blocks": 2}
+# few enough keys for L that `auto` takes the sparse form (asserted below)
+SIZES = {"window_size": 3, "block_size": 3, "n_selected_blocks": 2}
 LENGTH = torch.tensor([19, 1, 0, 12])
 OFFSET = [2.0, -1.0, -1.0]  # of the gates, as documented
 
