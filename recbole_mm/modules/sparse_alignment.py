@@ -232,7 +232,10 @@ class SparseAlignmentAttention(nn.Module):
         return self._output(x, heads)
 
     def last(self, x: Tensor, length: Tensor) -> Tensor:
-        """Attend from the last real position of each row, in time linear in ``L``.
+        """Attend from the last real position of each row.
+
+        Time is linear in ``L``, but for the attention between the ``L / block_size`` block vectors
+        with ``block_evolution``.
 
         Args:
             x: ``(B, L, D)``.
