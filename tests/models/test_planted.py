@@ -43,3 +43,11 @@ def test_the_simplest_multimodal_model_connects_them_too():
 @pytest.mark.slow
 def test_content_alone_is_enough():
     assert hit3("MUFASA", use_id=False) > 0.6
+
+
+@pytest.mark.slow
+def test_mdsrec_connects_items_through_features_and_graphs():
+    training = {"train_batch_size": 256, "epochs": 20}
+    with_features = hit3("MDSRec", use_id=False, **training)
+    assert with_features > 0.6
+    assert with_features > hit3("MDSRec", modalities=[], **training) + 0.2
