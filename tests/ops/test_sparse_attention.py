@@ -115,9 +115,19 @@ def test_equals_loop_reference(L, length, b, w, n, selection):
 
 
 @both_selections
-@pytest.mark.parametrize(("L", "length", "b", "w", "n"), GRID[4:7])
+@pytest.mark.parametrize(("L", "length", "b", "w", "n"), GRID)
 def test_equals_loop_reference_in_single_precision(L, length, b, w, n, selection):
     assert_equal_to_naive(L, length, b, w, n, selection, torch.float32, 1e-5)
+
+
+@pytest.mark.slow
+@both_selections
+@pytest.mark.parametrize("L", [1, 7, 16, 31, 50, 63])
+@pytest.mark.parametrize("b", [3, 8])
+@pytest.mark.parametrize("w", [2, 20])
+@pytest.mark.parametrize("n", [1, 3])
+def test_equals_loop_reference_at_every_combination(L, b, w, n, selection):
+    assert_equal_to_naive(L, [L, L // 2 + 1], b, w, n, selection)
 
 
 @pytest.mark.slow
