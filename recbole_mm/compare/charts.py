@@ -1,7 +1,8 @@
 """The charts of a report, as plotly figures.
 
 Colours are those of Okabe and Ito, told apart by readers of every colour vision; a second and third
-round of them is dashed and dotted. A row has one colour in all charts of its table.
+round of them has dashed and dotted lines, open marks and hatched bars. A row has one look in all
+charts of its table.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from recbole_mm.compare.write import frame_of_costs, spread
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")
 _DASHES = ("solid", "dash", "dot", "dashdot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross")
+_HATCHES = ("", "/", ".", "x")
 _HISTORY = (1, 3, 6, 11, 21, 51, 101, 201, 501, 1001)
 _POPULARITY = (0, 1, 6, 21, 51, 101, 201, 501, 1001)
 _MOST_CATEGORIES = 15
@@ -86,7 +88,8 @@ def _figure(x: str, y: str) -> go.Figure:
 
 def _style(number: int) -> tuple[str, str, str]:
     turn, place = divmod(number, len(_COLOURS))
-    return _COLOURS[place], _DASHES[turn % len(_DASHES)], _SYMBOLS[place]
+    symbol = _SYMBOLS[place] + ("-open" if turn % 2 else "")
+    return _COLOURS[place], _DASHES[turn % len(_DASHES)], symbol
 
 
 def _learning(table: Table, metric: str) -> go.Figure:
@@ -214,6 +217,7 @@ def _by_group(
                 error_y=error,
                 name=row.label,
                 marker_color=colour,
+                marker_pattern_shape=_HATCHES[number // len(_COLOURS) % len(_HATCHES)],
                 hovertemplate=hover,
             )
         else:

@@ -67,7 +67,16 @@ def render(tables: Sequence[Table]) -> str:
 
 def _command() -> str:
     program = Path(sys.argv[0]).name
-    return shlex.join([program, *sys.argv[1:]]) if program.startswith("recbole-mm") else ""
+    if not program.startswith("recbole-mm"):
+        return ""
+    return " ".join(map(_quoted, [program, *sys.argv[1:]]))
+
+
+def _quoted(word: str) -> str:
+    """For a shell; in double quotes where single ones would have to be pieced together."""
+    if "'" in word and not set(word) & set('"$`\\!'):
+        return f'"{word}"'
+    return shlex.quote(word)
 
 
 def _json_for_html(figures: dict[str, Any]) -> str:

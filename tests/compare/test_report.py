@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import time
 
@@ -9,9 +10,9 @@ import pandas as pd
 import pytest
 
 from recbole_mm.compare.cells import read_outcome
-from recbole_mm.compare.charts import charts_of
+from recbole_mm.compare.charts import _style, charts_of
 from recbole_mm.compare.plan import plan
-from recbole_mm.compare.report import _json_for_html
+from recbole_mm.compare.report import _json_for_html, _quoted
 from recbole_mm.compare.tables import tabulate
 from tests.compare.conftest import QUICK
 
@@ -72,6 +73,20 @@ def test_weights_that_a_model_tells_of_itself_are_drawn(done):
         ("image", [0.5, 0.7, 0.6]),
     ]
     assert len(charts["SASRecMM: gates by length of the history"].data) == 2
+
+
+def test_rows_of_one_colour_have_other_marks_and_lines():
+    looks = [_style(number) for number in range(14)]
+    assert len(set(looks)) == 14
+    assert len({(colour, symbol) for colour, _, symbol in looks}) == 14
+
+
+@pytest.mark.parametrize(
+    "word", ["plain", "two words", "--val_interval={rating: '[4,inf)'}", "it's $HOME", 'a "b" c']
+)
+def test_the_command_of_the_page_can_be_run_again(word):
+    assert shlex.split(_quoted(word)) == [word]
+    assert """'"'""" not in _quoted("--val_interval={rating: '[4,inf)'}")
 
 
 def test_nothing_in_the_data_ends_the_element_it_stands_in():
