@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from recbole_mm.models.mufasa import FUSION_TERMS, _telling
 from recbole_mm.ops import sparse_attention
@@ -83,3 +84,19 @@ def test_small_models_of_the_tests_take_the_sparse_form(build, monkeypatch):
     world.model.train().calculate_loss(batch_of(world))
     assert dense
     assert not any(dense)
+
+
+def test_weights_read_histories_longer_than_any_in_training(build):
+    """Positions are distances: nothing in the weights knows MAX_ITEM_LIST_LENGTH."""
+    short, long = build("MUFASA"), build("MUFASA", MAX_ITEM_LIST_LENGTH=50, seed=1)
+    long.model.load_state_dict(short.model.state_dict())
+    batch = next(iter(short.test))[0]
+    with torch.no_grad():
+        assert_close(long.model.full_sort_predict(batch), short.model.full_sort_predict(batch))
+        items = torch.randint(1, short.model.n_items, (3, 45))
+        length = torch.tensor([45, 30, 13])
+        table = long.model.item_table()
+        states = long.model(items, length, table)
+        alone = long.model(items[1:2, :30], length[1:2], table)
+    assert states.isfinite().all()
+    assert_close(states[1:2], alone)
