@@ -389,6 +389,12 @@ def caption(table: Table, marks: dict[str, str]) -> list[str]:
     for row in table.rows:
         if len(row.outcomes) < row.planned:
             lines.append(f"{row.label}: {len(row.outcomes)} of {row.planned} seeds finished.")
+    versions = {
+        row.label: {o.record["version"] for o in row.outcomes if o.record} for row in table.rows
+    }
+    if len(set().union(*versions.values())) > 1:
+        said = "; ".join(f"{row} by {', '.join(sorted(found))}" for row, found in versions.items())
+        lines.append(f"Rows were computed by several versions of recbole_mm: {said}.")
     return lines
 
 

@@ -9,11 +9,12 @@ import time
 import pandas as pd
 import pytest
 
+from recbole_mm import __version__
 from recbole_mm.compare.cells import read_outcome
 from recbole_mm.compare.charts import _style, charts_of
 from recbole_mm.compare.plan import plan
 from recbole_mm.compare.report import _json_for_html, _quoted
-from recbole_mm.compare.tables import tabulate
+from recbole_mm.compare.tables import caption, tabulate
 from tests.compare.conftest import QUICK
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -33,6 +34,15 @@ def test_the_page_needs_nothing_beside_it(done):
     assert not re.search(r"<(script|img|iframe)[^>]* src=", page)
     for said in ("SASRecMM", "fingerprints items", "failed: MUFASA+greedy", "test users", "torch"):
         assert said in markup
+
+
+def test_a_table_says_that_its_rows_are_of_several_versions(done):
+    marks = {"*": "*", "-": "-", "+": "+"}
+    found = table(done[0])
+    assert not any("several versions" in line for line in caption(found, marks))
+    found.rows[0].outcomes[0].record["version"] = "0.0.9"
+    note = caption(found, marks)[-1]
+    assert note.endswith(f"Pop by 0.0.9; SASRecMM by {__version__}.")
 
 
 def test_charts_show_what_the_tables_say(done):
