@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Default against tuned on amazon-scientific-clip: the same 20 trials for SASRec (as SASRecFast),
-# SASRecMM and the three models, selected on validation; then defaults and best configurations, three
-# seeds each, once on test. What is finished is not run again; some hours of one thread.
+# Default against tuned on amazon-scientific-clip: the same 20 trials for SASRec, SASRecFast, SASRecMM
+# and the three models, selected on validation; then defaults and best configurations, three seeds
+# each, once on test. What is finished is not run again; some hours of one thread.
 #
 #     DATA=../shared/data benchmarks/tune_default.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 data=${DATA:?set DATA to the folder above amazon-scientific-clip}
 out=${OUT:-tuned}
-models=SASRecFast,SASRecMM,MUFASA,MDSRec
+models=SASRec,SASRecFast,SASRecMM,MUFASA,MDSRec
 common=(--data_path="$data" --MAX_ITEM_LIST_LENGTH=50)
 
 for model in ${models//,/ } CAMMSR; do
