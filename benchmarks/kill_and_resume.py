@@ -8,6 +8,10 @@ in every third case, resumed again to its end, and compared with the undisturbed
 the state of optimizer, random numbers and loader at the end, every number of ``metrics.jsonl`` and
 ``result.json`` but seconds. In half of the cases a checkpoint is written after every batch, in the
 others before every epoch only, so that up to an epoch is done again.
+
+With ``--tables``, so many times: ``recbole-mm compare`` of six rows and two seeds is killed at
+random instants, and begun again until it is done; its files are compared with those of a compare
+that nobody disturbed, byte for byte (what clocks decide stands in other files).
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import multiprocessing
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -45,6 +50,11 @@ OF_MODEL = {
     "CAMMSR": {"train_batch_size": 256},
     "MDSRec": {"train_batch_size": 256},
 }
+TABLE = [
+    *("compare", "--models=SASRecFast,MUFASA,CAMMSR+causal,MDSRec,BPR,Pop", "--datasets=tiny"),
+    *("--seeds=2", "--jobs=2", "--epochs=3", "--MAX_ITEM_LIST_LENGTH=10"),
+]
+FILES = ("table.md", "table.tex", "table.csv", "significance.csv", "users.parquet", "topk.parquet")
 SECONDS = ("train_seconds", "train_cpu_seconds", "valid_seconds", "valid_cpu_seconds")
 # the parent has imported everything: a child starts at once
 FORK = multiprocessing.get_context("fork")
@@ -157,14 +167,71 @@ def row(model: str, kills: int, instants: np.random.Generator) -> list:
     ]
 
 
+def compare_process(out: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "recbole_mm.cli", *TABLE, f"--out={out}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def epochs_done(out: Path) -> int:
+    return sum(
+        file.read_bytes().count(b"\n") for file in out.glob("cells/*/*/*/run/*/*/*/metrics.jsonl")
+    )
+
+
+def killed_table(out: Path, instants: np.random.Generator) -> int:
+    """A compare that is killed again and again until it is done before it; how often."""
+    kills = 0
+    while True:
+        process = compare_process(out)
+        goal = epochs_done(out) + int(instants.integers(0, 8))
+        while process.poll() is None and epochs_done(out) < goal:
+            time.sleep(0.02)
+        time.sleep(float(instants.uniform(0, 3)))
+        if process.poll() is not None:
+            if process.returncode:
+                raise SystemExit(f"compare in {out} gave exit code {process.returncode}")
+            return kills
+        process.kill()
+        process.wait()
+        kills += 1
+
+
+def tables(n: int, instants: np.random.Generator) -> bool:
+    """Print what became of ``n`` tables; whether all are those of an undisturbed compare."""
+    rows = []
+    with TemporaryDirectory() as scratch:
+        quiet = Path(scratch) / "quiet"
+        if compare_process(quiet).wait():
+            raise SystemExit("the undisturbed compare failed")
+        for number in range(1, n + 1):
+            out = Path(scratch) / str(number)
+            kills = killed_table(out, instants)
+            same = sum((out / f).read_bytes() == (quiet / f).read_bytes() for f in FILES)
+            rows.append([number, kills, f"{same} of {len(FILES)}"])
+            print(f"table {number} of {n}: {kills} kills, {same} files equal", file=sys.stderr)
+    print("\n# `compare` killed at random instants\n")
+    print(
+        tabulate(rows, headers=["table", "kills", "files equal byte for byte"], tablefmt="github")
+    )
+    return all(row[-1] == f"{len(FILES)} of {len(FILES)}" for row in rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="runs killed, of each model (20)")
+    parser.add_argument("--tables", type=int, default=0, help="tables of compare killed (0)")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     options = parser.parse_args()
     instants = np.random.default_rng(options.seed)
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    if options.tables and not tables(options.tables, instants):
+        raise SystemExit(1)
+    if not options.kills:
+        return
     rows = [row(model, options.kills, instants) for model in OF_MODEL]
     headers = ["model", "runs killed", "kills in all", "of the first kills: in pre-training"]
     headers += ["while a file was being written", "runs that ended bit-identical"]

@@ -41,6 +41,8 @@ class Chunks:
     slot: Tensor  # (m, G L) of each pair; Q q where the query has no such block
 
     @classmethod
+    # sizes hang on the data, and torch 2.13 gets strides of `where` wrong in it
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def of(cls, chosen: Tensor, n_rows: int, n_blocks: int) -> Chunks:
         """Plan for blocks (B, L, m), -1 for none; the heads of a row share them."""
         B, L, m = chosen.shape
