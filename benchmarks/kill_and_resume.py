@@ -35,7 +35,11 @@ import torch
 from safetensors.torch import load_file
 from tabulate import tabulate
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from recbole_mm import checkpoint, quick_start
+from tests.compare.test_compare import SAME, epochs_done
+from tests.compare.test_compare import contents as compared
 
 VALUES = {
     "epochs": 4,
@@ -54,7 +58,6 @@ TABLE = [
     *("compare", "--models=SASRecFast,MUFASA,CAMMSR+causal,MDSRec,BPR,Pop", "--datasets=tiny"),
     *("--seeds=2", "--jobs=2", "--epochs=3", "--MAX_ITEM_LIST_LENGTH=10"),
 ]
-FILES = ("table.md", "table.tex", "table.csv", "significance.csv", "users.parquet", "topk.parquet")
 SECONDS = ("train_seconds", "train_cpu_seconds", "valid_seconds", "valid_cpu_seconds")
 # the parent has imported everything: a child starts at once
 FORK = multiprocessing.get_context("fork")
@@ -175,12 +178,6 @@ def compare_process(out: Path) -> subprocess.Popen:
     )
 
 
-def epochs_done(out: Path) -> int:
-    return sum(
-        file.read_bytes().count(b"\n") for file in out.glob("cells/*/*/*/run/*/*/*/metrics.jsonl")
-    )
-
-
 def killed_table(out: Path, instants: np.random.Generator) -> int:
     """A compare that is killed again and again until it is done before it; how often."""
     kills = 0
@@ -209,14 +206,15 @@ def tables(n: int, instants: np.random.Generator) -> bool:
         for number in range(1, n + 1):
             out = Path(scratch) / str(number)
             kills = killed_table(out, instants)
-            same = sum((out / f).read_bytes() == (quiet / f).read_bytes() for f in FILES)
-            rows.append([number, kills, f"{same} of {len(FILES)}"])
+            found, expected = compared(out), compared(quiet)
+            same = sum(found[file] == content for file, content in expected.items())
+            rows.append([number, kills, f"{same} of {len(SAME)}"])
             print(f"table {number} of {n}: {kills} kills, {same} files equal", file=sys.stderr)
     print("\n# `compare` killed at random instants\n")
     print(
         tabulate(rows, headers=["table", "kills", "files equal byte for byte"], tablefmt="github")
     )
-    return all(row[-1] == f"{len(FILES)} of {len(FILES)}" for row in rows)
+    return all(row[-1] == f"{len(SAME)} of {len(SAME)}" for row in rows)
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from recbole_mm.ops import sparse_attention
+from recbole_mm.ops.token_attention import token_attention
 from recbole_mm.trainer import trainer_class
 from tests.models.conftest import build
 
@@ -36,3 +38,16 @@ def build_trainer():
         ), world
 
     return make
+
+
+@pytest.fixture
+def forms(monkeypatch):
+    """Whether attention over tokens was dense, call by call."""
+    dense = []
+
+    def noted(*args, is_dense, **kwargs):
+        dense.append(is_dense)
+        return token_attention(*args, is_dense=is_dense, **kwargs)
+
+    monkeypatch.setattr(sparse_attention, "token_attention", noted)
+    return dense

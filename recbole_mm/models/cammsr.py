@@ -22,7 +22,6 @@ is the first), P pairs of modalities, V sequences to encode, D hidden size, C ca
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -331,17 +330,18 @@ class CAMMSR(MultimodalSequentialRecommender):
         if views is not None:
             first, second = torch.cat(view_states)[self.view_place].chunk(2)  # (P, B, D) each
             has = self.present[item_seq].any(1).T[self.pairs]  # (2, P, B); padding has the id only
-            pair_loss = partial(
-                in_batch_info_nce,
-                temperature=self.contrast_temperature,
-                group=target if self.mask_same_target else None,
-            )
-            contrast = (
-                self.contrast_weight
-                * torch.vmap(lambda one, other, both: pair_loss(one, other, present=both))(
-                    first, second, has[0] & has[1]
-                ).sum()
-            )
+
+            def pair_loss(one: Tensor, other: Tensor, both: Tensor) -> Tensor:
+                return in_batch_info_nce(
+                    one,
+                    other,
+                    temperature=self.contrast_temperature,
+                    group=target if self.mask_same_target else None,
+                    present=both,
+                )
+
+            each = torch.vmap(pair_loss)(first, second, has[0] & has[1])  # (P,)
+            contrast = self.contrast_weight * each.sum()
         if self.category_loss_weight > 0:
             category = self.category_loss_weight * fused.category_loss
         return ranking, contrast, category

@@ -349,10 +349,9 @@ class MUFASA(MultimodalSequentialRecommender):
 
 
 def _telling(multi_hot: Tensor) -> Tensor:
-    """Categories of items (N, C), without those that more than half of the items have.
+    """Categories of items (N, C), without those that more than nine tenths of the items have.
 
     Such a category, often the root of a shop's tree, says nothing of the genre; with it no two
     items would be of different genres.
     """
-    has_some = multi_hot.any(1, keepdim=True).sum()
-    return multi_hot & (multi_hot.sum(0) <= 0.5 * has_some)
+    return multi_hot & (multi_hot.sum(0) <= 0.9 * multi_hot.any(1).sum())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +112,7 @@ class Search:
             for seed in range(self.seed, self.seed + self.n_seeds):
                 if earlier or results:
                     log.setLevel(logging.ERROR)
-                results.append(self._run({**values, "seed": seed}, machine or {}))
+                results.append(self._run(values, {"seed": seed, **(machine or {})}))
                 if len(results) == 1:
                     _check_alike(results[0], earlier)
         except _FAILURES as error:
@@ -122,25 +121,22 @@ class Search:
             return {**record, "error": str(error), "out_of_memory": memory, "seconds": seconds}
         finally:
             log.setLevel(level)
-        valid = defaultdict(list)
-        for result in results:
-            for name, value in result["best_valid_result"].items():
-                valid[name].append(float(value))
+        valid = [result["best_valid_result"] for result in results]
         scores = [result["best_valid_score"] for result in results]
         return {
             **record,
             "scores": scores,
             "score": _mean(scores),
-            "valid": {name: _mean(numbers) for name, numbers in valid.items()},
+            "valid": {name: _mean([float(part[name]) for part in valid]) for name in valid[0]},
             "best_epoch": _mean([result["best_epoch"] for result in results]),
             "epochs": _mean([result["epochs"] for result in results]),
             "seconds": round(sum(result["seconds"] for result in results), 2),
             "protocol": results[0]["protocol"],
         }
 
-    def _run(self, values: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
+    def _run(self, values: Mapping[str, Any], forced: Mapping[str, Any]) -> dict[str, Any]:
         """One run of a trial: the result of :func:`recbole_mm.run`, without a test score."""
-        forced = {"show_progress": False, **machine}
+        forced = {"show_progress": False, **forced}
         return run(
             self.settings["model"],
             self.settings["dataset"],
@@ -149,7 +145,7 @@ class Search:
             saved=False,
             score_test=False,
             # what is forced must not lose to the command line
-            command_line=[a for a in self.command_line if _key(a) not in (*forced, "seed")],
+            command_line=[a for a in self.command_line if _key(a) not in forced],
         )
 
     def best(self, records: Sequence[Record]) -> int | None:

@@ -15,7 +15,7 @@ from recbole_mm.modules.sparse_alignment import (
 from tests.reference import sparse_attention as reference
 
 L, D, H = 19, 8, 2
-# few enough keys for L that `auto` takes the sparse form (asserted below)
+# few enough keys for L that `auto` takes the sparse form, see the first test
 SIZES = {"window_size": 3, "block_size": 3, "n_selected_blocks": 2}
 LENGTH = torch.tensor([19, 1, 0, 12])
 OFFSET = [2.0, -1.0, -1.0]  # of the gates, as documented
@@ -53,6 +53,13 @@ def sequences(B=4):
 def last_real(states, length=LENGTH):
     at_last = states[torch.arange(len(length)), (length - 1).clamp(min=0)]
     return torch.where(length[:, None] > 0, at_last, 0.0)
+
+
+@both_selections
+def test_these_sizes_take_the_sparse_form(selection, forms):
+    attention(selection=selection)(sequences(), LENGTH)
+    assert forms
+    assert not any(forms)
 
 
 @both_selections
