@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from recbole_mm.compare import significance
-from recbole_mm.compare.cells import Outcome
+from recbole_mm.compare.cells import Outcome, write_text
 from recbole_mm.compare.tables import RowResult, Table, caption, mark
 from recbole_mm.compare.users import lists_frame
 from recbole_mm.errors import EnvironmentFault
@@ -41,19 +41,19 @@ def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], out: Path) -
         EnvironmentFault: If the folder cannot be written.
     """
     with _writing(out):
-        _write(out / "cells.csv", _frame_of_cells(outcomes, out).to_csv(index=False))
+        write_text(out / "cells.csv", _frame_of_cells(outcomes, out).to_csv(index=False))
         if not tables:
             return
-        _write(out / "table.md", "\n".join(_markdown_lines(tables)) + "\n")
-        _write(out / "table.tex", "\n\n".join(_latex(table) for table in tables) + "\n")
-        _write(out / "table.csv", _frame_of_means(tables).to_csv(index=False))
-        _write(out / "significance.csv", _frame_of_tests(tables).to_csv(index=False))
+        write_text(out / "table.md", "\n".join(_markdown_lines(tables)) + "\n")
+        write_text(out / "table.tex", "\n\n".join(_latex(table) for table in tables) + "\n")
+        write_text(out / "table.csv", _frame_of_means(tables).to_csv(index=False))
+        write_text(out / "significance.csv", _frame_of_tests(tables).to_csv(index=False))
         costs = frame_of_costs(tables)
-        _write(out / "cost.csv", costs.to_csv(index=False))
-        _write(out / "cost.md", _github(costs.drop(columns="seeds")) + "\n")
+        write_text(out / "cost.csv", costs.to_csv(index=False))
+        write_text(out / "cost.md", _github(costs.drop(columns="seeds")) + "\n")
         missing = _frame_of_missing(tables)
         if len(missing):
-            _write(out / "missing.csv", missing.to_csv(index=False))
+            write_text(out / "missing.csv", missing.to_csv(index=False))
         else:
             (out / "missing.csv").unlink(missing_ok=True)  # of another call
         _write_parquet(tables, out)
@@ -66,7 +66,7 @@ def write_page(page: str, out: Path) -> None:
         EnvironmentFault: If the folder cannot be written.
     """
     with _writing(out):
-        _write(out / "report.html", page)
+        write_text(out / "report.html", page)
 
 
 @contextmanager
@@ -78,12 +78,6 @@ def _writing(out: Path) -> Iterator[None]:
             f"{out}: cannot be written ({error.strerror or error}); free space or choose another "
             "--out, and start the same command again"
         ) from error
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 # ------------------------------------------------------------------------------ values

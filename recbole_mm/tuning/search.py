@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +78,10 @@ class Search:
             InputError: as :func:`check_same`
         """
         path = self.folder / "search.json"
-        if path.is_file():
-            check_same(json.loads(path.read_text(encoding="utf-8")), self.settings, self.folder)
-        else:
+        if not path.is_file():
             write_text(path, json.dumps(self.settings, indent=1) + "\n")
+        # also after writing: another process may have begun a search here at the same time
+        check_same(json.loads(path.read_text(encoding="utf-8")), self.settings, self.folder)
 
     def configuration(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """Values for the configuration, from the labels and numbers that an engine has drawn."""
@@ -225,17 +227,19 @@ def spelled(values: Mapping[str, Any]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all.
+    """Write a file, whole or not at all; processes that share a search may write the same one.
 
     Raises:
         EnvironmentFault: If it cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise EnvironmentFault(
             f"{path}: cannot be written ({error.strerror or error}); "
             "free space or point --out at a folder that can be written"

@@ -557,6 +557,34 @@ def test_ray_searches_records_failures_stops_at_bad_input_and_continues(tmp_path
         tune("hidden_size choice [64,65]\n", "bad")
 
 
+def test_processes_may_write_one_file_at_the_same_time(tmp_path, monkeypatch):
+    replace = Path.replace
+
+    def after_another(temporary, path):
+        monkeypatch.setattr(Path, "replace", replace)
+        with monkeypatch.context() as another:
+            another.setattr(search_module.os, "getpid", lambda: 1)
+            search_module.write_text(path, "theirs")
+        return replace(temporary, path)
+
+    monkeypatch.setattr(Path, "replace", after_another)
+    search_module.write_text(tmp_path / "search.json", "ours")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"search.json": "ours"}
+
+
+def test_a_search_begun_at_the_same_time_with_other_settings_is_refused(tune, monkeypatch):
+    write_text = search_module.write_text
+
+    def overtaken(path, text):
+        write_text(path, text.replace('"engine": "optuna"', '"engine": "recbole"'))
+
+    monkeypatch.setattr(search_module, "write_text", overtaken)
+    runs = Runs()
+    with pytest.raises(InputError, match=r"engine .'recbole' then, 'optuna' now"):
+        tune(runs, engine="optuna")
+    assert not runs.calls
+
+
 @pytest.mark.slow
 def test_two_processes_share_a_study(tmp_path):
     both = [process(tmp_path, "optuna", 12, processes=2) for _ in range(2)]
