@@ -25,8 +25,11 @@ from torch import Tensor, nn
 from recbole_mm.errors import EnvironmentFault, InputError
 
 _KEY = "recbole_mm"
-FORMAT = 1
-"""Of the file. Raise it when a change here or in what trainers save makes old files misread."""
+FORMAT = 2
+"""Of the file. Raise it when a change here or in what trainers save makes old files misread.
+
+2: the item graphs of a run are kept before they are normalised.
+"""
 
 
 class Checkpoint(NamedTuple):
@@ -74,9 +77,11 @@ def read(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be read ({error}); run it anew") from error
     if made != FORMAT:
-        writer = about.get("recbole_mm", "an unknown version")
+        writer = (
+            f"recbole_mm {about['recbole_mm']}" if "recbole_mm" in about else "an early version"
+        )
         raise InputError(
-            f"{path}: has format {made}, written by recbole_mm {writer}, and this version reads "
+            f"{path}: has format {made}, written by {writer}, and this version reads "
             f"format {FORMAT}; read it with that version, or run it anew"
         )
     return Checkpoint(tensors, about)

@@ -12,6 +12,7 @@ from torch import nn
 
 from recbole_mm import checkpoint
 from recbole_mm.checkpoint import (
+    FORMAT,
     LooseState,
     optimizer_state,
     random_states,
@@ -97,17 +98,20 @@ def test_files_of_another_kind_are_refused(content, tmp_path):
         read(tmp_path / "none")
 
 
-def test_a_file_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+@pytest.mark.parametrize("other", [FORMAT - 1, FORMAT + 1])
+def test_a_file_of_another_format_is_refused(other, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", other)
     write(tmp_path / "x", {"a": torch.zeros(1)}, {"recbole_mm": "9.8"})
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"has format 2, written by recbole_mm 9\.8.* format 1"):
+    expected = rf"has format {other}, written by recbole_mm 9\.8.* format {FORMAT}"
+    with pytest.raises(InputError, match=expected):
         read(tmp_path / "x")
 
 
 def test_a_file_that_says_no_format_has_the_first(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "x", metadata={"recbole_mm": "{}"})
-    assert read(tmp_path / "x").tensors["a"] == 1
+    with pytest.raises(InputError, match="has format 1, written by an early version"):
+        read(tmp_path / "x")
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
