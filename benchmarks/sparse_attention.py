@@ -1,6 +1,7 @@
 """Sparse attention beside RecBole's attention, torch's SDPA and flex_attention: time and memory.
 
     PYTHONPATH=. nice python benchmarks/sparse_attention.py [--lengths 50 200 ...] [--repeats 9]
+    PYTHONPATH=. nice python benchmarks/sparse_attention.py --block-size 16
     PYTHONPATH=. python benchmarks/sparse_attention.py --device cuda --dtype bfloat16 --tokens 65536
 
 Prints markdown. All contestants of a length take turns in every round, so that a busy machine
@@ -13,7 +14,7 @@ short sequence; and at each length the form that is measured must equal the dens
 nothing is reported.
 
 Memory is how much the largest resident set of a process of its own grows over one forward and
-backward pass, inputs excluded (on CUDA: the largest allocation).
+backward pass, inputs and weights excluded (on CUDA: the largest allocation).
 """
 
 from __future__ import annotations
@@ -49,8 +50,11 @@ _SLOW = 2000  # ms
 NAMES = ("query", "key", "value", "gate", "block_key", "block_value")
 
 
+_block_size = 0  # of --block-size; 0: by length
+
+
 def block_size(length: int) -> int:
-    return 16 if length < 512 else 32
+    return _block_size or (16 if length < 512 else 32)
 
 
 # ------------------------------------------------------------------------------ contestants
@@ -273,23 +277,30 @@ def layers(
 # ----------------------------------------------------------------------------------- memory
 
 
-def memory_of(name: str, length: int, dropout: float, args: argparse.Namespace) -> float:
+def memory_of(
+    name: str, length: int, dropout: float, args: argparse.Namespace, *, whole_layer: bool
+) -> float:
     """Megabytes by which a process grows over one pass."""
-    job = {"name": name, "length": length, "dropout": dropout}
+    job = {"name": name, "length": length, "dropout": dropout, "whole_layer": whole_layer}
     command = [sys.executable, __file__, "--worker", json.dumps(job)]
     command += ["--device", args.device, "--dtype", args.dtype, "--tokens", str(args.tokens)]
+    command += ["--block-size", str(args.block_size)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
 
 
 def worker(job: dict[str, object], args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
-    dropout = float(str(job["dropout"]))
+    dropout, name = float(str(job["dropout"])), str(job["name"])
 
     def run(length: int, tokens: int) -> None:
-        inputs = vectors(length, tokens, args.device, dtype)
-        function = ops(length, inputs, dropout)[str(job["name"])]
-        grow = forward_and_backward(function, list(inputs.values()))
+        if job["whole_layer"]:
+            contestants, trained = layers(length, tokens, dropout, args.device, dtype)
+            wanted = trained[name]
+        else:
+            inputs = vectors(length, tokens, args.device, dtype)
+            contestants, wanted = ops(length, inputs, dropout), list(inputs.values())
+        grow = forward_and_backward(contestants[name], wanted)
         if tokens == args.tokens:
             print(grown_by(grow, args.device))
         else:
@@ -400,9 +411,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--block-size", type=int, default=0, help="default: 32, 16 below L = 512")
     parser.add_argument("--no-flex", action="store_true", help="leave flex_attention out")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    global _block_size
+    _block_size = args.block_size
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     if args.worker:
@@ -427,9 +441,8 @@ def main() -> None:
     print(
         f"D {HIDDEN}, {HEADS} heads, window {WINDOW}, {SELECTED} selected blocks with the own one,"
     )
-    print(
-        f"blocks of 32 (16 below L = 512), {args.tokens} positions in all; {args.repeats} rounds."
-    )
+    blocks = args.block_size or "32 (16 below L = 512)"
+    print(f"blocks of {blocks}, {args.tokens} positions in all; {args.repeats} rounds.")
     print("`query`, `query_block`: sparse attention by kind of selection. Ratios above 1: faster")
     print("than the peer.")
     with_flex = ["flex"] if args.flex is not None else []
@@ -464,21 +477,22 @@ def main() -> None:
         lambda n: measured_layers(n, args, 0.0, False),
         ["SDPA", "RecBole"],
     )
-    lines = []
-    for length in args.lengths:
-        cells = [str(length)]
-        for name, dropout in (
-            *((selection, 0.0) for selection in SELECTIONS),
-            ("SDPA", 0.0),
-            *((selection, 0.5) for selection in SELECTIONS),
-            ("RecBole", 0.5),
-        ):
-            known = name in SELECTIONS or length <= QUADRATIC_UP_TO
-            cells.append(f"{memory_of(name, length, dropout, args):.0f}" if known else "-")
-        lines.append(cells)
-    columns = ["L", "query", "query_block", "SDPA", "query, dropout .5"]
-    columns += ["query_block, dropout .5", "RecBole, dropout .5"]
-    table("Memory of one forward and backward pass, MB", columns, lines)
+    for part in ("Op", "Layer"):
+        columns = [(name, dropout) for dropout in (0.0, 0.5) for name in (*SELECTIONS, "SDPA")]
+        columns.append(("RecBole", 0.5))
+        lines = []
+        for length in args.lengths:
+            cells = [str(length)]
+            for name, dropout in columns:
+                linear = name in SELECTIONS or (name == "SDPA" and dropout == 0.0)
+                if linear or length <= QUADRATIC_UP_TO:
+                    grown = memory_of(name, length, dropout, args, whole_layer=part == "Layer")
+                    cells.append(f"{grown:.0f}")
+                else:
+                    cells.append("-")
+            lines.append(cells)
+        titles = [f"{name}, dropout .5" if dropout else name for name, dropout in columns]
+        table(f"{part}: memory of one forward and backward pass, MB", ["L", *titles], lines)
     print(f"\nLoad average at the end: {os.getloadavg()[0]:.1f}.")
 
 
