@@ -144,6 +144,8 @@ def _engine(engine: str) -> Any:
             raise EnvironmentFault(
                 f"{package} {found} is too old for the engine {engine}{reason}: {mend}"
             )
+        # ray without its extra [tune] fails only there
+        importlib.import_module("ray.tune" if package == "ray" else package)
         return importlib.import_module(package)
     except ImportError as error:
         raise EnvironmentFault(f"the engine {engine} needs {package} ({error}): {mend}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -190,7 +191,11 @@ def by_optuna(search: Search, optuna: Any, storage: str | None) -> list[Record]:
                 raise optuna.TrialPruned("another process has begun the last trial")
             # what is drawn depends on the place of a trial, whoever runs it and how often
             first = trials[trial.number].system_attrs.get("failed_trial", trial.number)
-            place = sum("failed_trial" not in t.system_attrs for t in trials[:first])
+            # one that was given up at once, because others had the last, took no place
+            place = sum(
+                "failed_trial" not in t.system_attrs and t.state != states.PRUNED
+                for t in trials[:first]
+            )
             study.sampler = _sampler(optuna, search, place)
             values = search.configuration(
                 {p.name: _suggest(trial, p) for p in search.space.values()}
@@ -210,7 +215,7 @@ def by_optuna(search: Search, optuna: Any, storage: str | None) -> list[Record]:
                     study.optimize(objective, n_trials=1, catch=(_Failed,))
                 except BaseException:
                     for number in running:
-                        queue_again(study.trials[number])
+                        queue_again(study, study.trials[number])
                     raise
                 records = recorded()
                 mine = study.trials[running[0]].user_attrs.get("record")
@@ -235,16 +240,24 @@ def _quiet(optuna: Any) -> Iterator[None]:
             optuna.logging.set_verbosity(level)
 
 
-def _study(search: Search, optuna: Any, storage: str | None) -> tuple[Any, Callable[[Any], None]]:
+def _study(
+    search: Search, optuna: Any, storage: str | None
+) -> tuple[Any, Callable[[Any, Any], None]]:
     """The study in its database, and what queues an interrupted trial of it again."""
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
     url = storage or f"sqlite:///{search.folder / 'study.db'}"
     retry = optuna.storages.RetryHeartbeatStaleTrialCallback()
+
+    def queue_again(study: Any, trial: Any) -> None:
+        # one that was killed after its record was kept counts as it is
+        if trial.state == optuna.trial.TrialState.FAIL and "record" not in trial.user_attrs:
+            retry(study, trial)
+
     name = f"{search.settings['model']} {search.settings['dataset']}"
     try:
         study = optuna.create_study(
-            storage=_storage(optuna, url, retry),
+            storage=_storage(optuna, url, queue_again),
             study_name=name,
             direction="maximize" if search.bigger else "minimize",
             sampler=_sampler(optuna, search, 0),
@@ -261,11 +274,6 @@ def _study(search: Search, optuna: Any, storage: str | None) -> tuple[Any, Calla
         ) from error
     except (ImportError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         raise EnvironmentFault(f"storage {url!r}: {error}") from error
-
-    def queue_again(trial: Any) -> None:
-        if trial.state == optuna.trial.TrialState.FAIL and "record" not in trial.user_attrs:
-            retry(study, trial)
-
     return study, queue_again
 
 
@@ -326,7 +334,7 @@ def by_ray(search: Search, ray: Any, storage: str | None) -> list[Record]:
     place = storage or str(search.folder / "ray")
     if "://" not in place:
         place = str(Path(place).resolve())
-    name = f"{search.settings['dataset']}-{search.settings['model']}"
+    name = _ray_name(search.settings)
     here = Path.cwd()
 
     def trainable(drawn: dict[str, Any]) -> dict[str, Any]:
@@ -374,7 +382,15 @@ def by_ray(search: Search, ray: Any, storage: str | None) -> list[Record]:
         for error in results.errors:
             # what the trial raised, without the traceback of the other process
             raise getattr(error, "cause", None) or error
-        return [json.loads(result.metrics["record"]) for result in results]
+        # what Ray reads back comes in any order
+        found = sorted((r.metrics for r in results), key=lambda m: (m["timestamp"], m["trial_id"]))
+        return [json.loads(metrics["record"]) for metrics in found]
+
+
+def _ray_name(settings: Mapping[str, Any]) -> str:
+    """Of the folder in the storage; a search with other settings is another one."""
+    of_settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{settings['dataset']}-{settings['model']}-{of_settings}"
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def read_space(path: str | Path) -> dict[str, Parameter]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"search space {path}: cannot be read ({error})") from error
     space: dict[str, Parameter] = {}

@@ -100,6 +100,21 @@ def search_in_process(folder, *options):
     )
 
 
+def search_that_ends_before_a_trial_is_told(folder, *options):
+    """The process ends when Optuna has the second record, but does not know that it is finished."""
+    import optuna
+
+    kept = optuna.trial.Trial.set_user_attr
+
+    def keep(trial, key, value):
+        kept(trial, key, value)
+        if key == "record" and trial.number == 1:
+            os._exit(9)
+
+    optuna.trial.Trial.set_user_attr = keep
+    search_in_process(folder, *options)
+
+
 def _slow(begun, processes):
     """Trials that take a while; the first waits until each of the processes has begun one."""
 

@@ -152,6 +152,10 @@ def test_a_grid_is_every_combination_once(tmp_path):
         grid(space_of(tmp_path, "learning_rate loguniform -8,-5"))
 
 
+def test_a_mark_of_the_byte_order_is_no_part_of_the_first_key(tmp_path):
+    assert list(space_of(tmp_path, "\ufeffn_layers choice [1,2]\n")) == ["n_layers"]
+
+
 def test_a_missing_space_is_an_input_error(tmp_path):
     with pytest.raises(InputError, match=r"no search space for GRU4Rec.*SASRec"):
         default_space("GRU4Rec")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -492,8 +493,8 @@ def test_settings_are_plain_and_leave_out_the_machine(tune):
 # ------------------------------------------------------------------------- processes
 
 
-def process(folder, engine, trials, processes=1):
-    code = "from tests.tuning.fake import search_in_process as go; import sys; go(*sys.argv[1:])"
+def process(folder, engine, trials, processes=1, what="search_in_process"):
+    code = f"from tests.tuning.fake import {what} as go; import sys; go(*sys.argv[1:])"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(folder), engine, "random", str(trials), str(processes)],
         cwd=ROOT,
@@ -525,6 +526,46 @@ def test_after_a_kill_the_search_continues(tmp_path, engine):
     whole.mkdir()
     assert process(whole, engine, 6).wait() == 0
     assert sorted(drawn[:2] + after) == sorted(line.split(maxsplit=1)[1] for line in begun(whole))
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_recorded_but_not_told_counts_once(tmp_path):
+    pytest.importorskip("optuna")
+    ended = process(tmp_path, "optuna", 5, what="search_that_ends_before_a_trial_is_told")
+    assert ended.wait() == 9
+    assert process(tmp_path, "optuna", 5).wait() == 0
+    drawn = [line.split(maxsplit=1)[1] for line in begun(tmp_path)]
+    assert len(drawn) == len(set(drawn)) == 5
+    table = pd.read_csv(tmp_path / "out/tiny/SASRecFast/trials.csv")
+    assert table["score"].nunique() == len(table) == 5
+
+
+def test_a_trial_that_was_given_up_takes_no_point_of_the_grid(tune, tmp_path):
+    optuna = pytest.importorskip("optuna")
+    tune(Runs(), SMALL, algo="exhaustive", trials=3)
+    database = tmp_path / "out/tiny/SASRecFast/study.db"
+    study = optuna.load_study(study_name="SASRecFast tiny", storage=f"sqlite:///{database}")
+    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.PRUNED))
+    runs = Runs()
+    assert tune(runs, SMALL, algo="exhaustive", trials=6)["trials"] == 6
+    table = trials_of(tune(runs, SMALL, algo="exhaustive", trials=6))
+    assert len(table[["n_layers", "n_heads"]].drop_duplicates()) == 6
+
+
+def test_searches_with_other_settings_have_other_folders_in_a_storage_of_ray():
+    settings = {"dataset": "tiny", "model": "MUFASA", "config": {"epochs": 1}}
+    name = engines._ray_name(settings)
+    assert name == engines._ray_name(json.loads(json.dumps(settings)))
+    assert name.startswith("tiny-MUFASA-")
+    assert name != engines._ray_name({**settings, "config": {"epochs": 3}})
+
+
+def test_a_ray_without_its_extra_is_told(tune, monkeypatch):
+    monkeypatch.setattr(tuning, "version", lambda name: "99.0")
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    monkeypatch.setitem(sys.modules, "ray.tune", None)
+    with pytest.raises(EnvironmentFault, match=r"pip install 'recbole-mm\[ray\]'"):
+        tune(Runs(), engine="ray")
 
 
 def a_current_ray():
