@@ -324,33 +324,42 @@ def _tune(known: argparse.Namespace, rest: Sequence[str]) -> None:
 
 
 def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
-    from recbole_mm.compare import compare, missing
+    from recbole_mm.compare import IncompleteTables, compare, missing
 
-    tables = compare(
-        _names(known.models),
-        _names(known.datasets),
-        _seeds(known.seeds),
-        out=known.out,
-        config_files=_files(known),
-        command_line=rest,
-        tuned=known.tuned,
-        variants=known.variants,
-        show=_names(known.show),
-        jobs=known.jobs,
-        threads=known.threads,
-        modality_ablation=known.modality_ablation,
-        missing_modality=missing.parse(known.missing_modality),
-        cold_start=known.cold_start,
-    )
-    print()  # noqa: T201
-    for name in ("table.md", "cost.md"):
-        print(Path(known.out, name).read_text(encoding="utf-8"))  # noqa: T201
-    print(f"all files: {Path(known.out).resolve()}")  # noqa: T201
+    try:
+        tables = compare(
+            _names(known.models),
+            _names(known.datasets),
+            _seeds(known.seeds),
+            out=known.out,
+            config_files=_files(known),
+            command_line=rest,
+            tuned=known.tuned,
+            variants=known.variants,
+            show=_names(known.show),
+            jobs=known.jobs,
+            threads=known.threads,
+            modality_ablation=known.modality_ablation,
+            missing_modality=missing.parse(known.missing_modality),
+            cold_start=known.cold_start,
+        )
+    except IncompleteTables as error:
+        if error.tables:
+            _print_tables(known.out)
+        raise
+    _print_tables(known.out)
     failed = sum(len(table.failures) for table in tables)
     if failed:
         raise RecboleMMError(
             f"{failed} cells failed, see cells.csv; the same command tries them again"
         )
+
+
+def _print_tables(out: str) -> None:
+    print()  # noqa: T201
+    for name in ("table.md", "cost.md"):
+        print(Path(out, name).read_text(encoding="utf-8"))  # noqa: T201
+    print(f"all files: {Path(out).resolve()}")  # noqa: T201
 
 
 def _extract(known: argparse.Namespace, rest: Sequence[str]) -> None:

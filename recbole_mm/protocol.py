@@ -75,11 +75,14 @@ class Protocol:
 
     def line(self) -> str:
         """One line for the terminal."""
+        by = f"selected by {self.valid_metric} on validation"
+        if not self.valid_users:
+            by = "the last epoch"
         history = "history masked" if self.mask_history else "history not masked"
         return (
             f"protocol: split {self.split}, order {self.order}, ranking {self.mode} over "
             f"{self.candidates} items, {history}; {self.valid_users} validation and "
-            f"{self.test_users} test users; selected by {self.valid_metric} on validation; "
+            f"{self.test_users} test users; {by}; "
             f"fingerprints items {self.items} train {self.train} valid {self.valid} "
             f"test {self.test}"
         )

@@ -2,12 +2,12 @@
 
 =====================  ==========================================================
 ``config.yaml``        every resolved value
-``environment.json``   versions, platform, command
+``environment.json``   versions, a hash of our source, platform, command
 ``data.json``          counts of the data, the report of each modality
 ``protocol.json``      how the run was evaluated, and the fingerprints of its data
 ``ids.json``           item and user tokens in the order of their internal ids
 ``run.log``            what RecBole and we log
-``metrics.jsonl``      one line an epoch: seconds, each loss term, validation
+``metrics.jsonl``      one line an epoch: seconds, each loss term, validation if there was one
 ``model.safetensors``  weights of the best epoch, and what they belong to
 ``items.safetensors``  features, categories and graphs of the items, for models that read them
 ``last.safetensors``   where the training stands, for ``--resume``
@@ -20,6 +20,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import json
 import logging
@@ -195,6 +197,16 @@ class _PlainFormatter(logging.Formatter):
         return text
 
 
+@functools.cache
+def code_digest() -> str:
+    """A hash of the package's source files: what tells two states of one version apart."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for the run folder."""
     versions = {"recbole_mm": __version__}
@@ -204,6 +216,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             versions[package] = "not installed"
     return {
+        "code": code_digest(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),

@@ -95,6 +95,7 @@ class TrainerMixin:
         self.per_user: PerUser | None = None
         self._epoch_seconds = (0.0, 0.0)
         self.history: list[dict[str, Any]] = []
+        self._n_written = 0  # epochs of the history that metrics.jsonl holds
         self.best_epoch = -1
         self._items, self._n_items = "", 0
         self._quiet = not config["show_progress"]
@@ -128,6 +129,7 @@ class TrainerMixin:
             self.start_epoch, kwargs["saved"] = self.epochs, False
         self._saved_at = time.monotonic()
         result = super().fit(train_data, valid_data, *args, **kwargs)  # type: ignore[misc]
+        self._write_epochs()
         if len(self.history) < self.epochs and self.history:
             said = (
                 f"stopped after epoch {self.history[-1]['epoch']}: no better validation in "
@@ -195,6 +197,7 @@ class TrainerMixin:
         self._note_epoch(epoch_idx)
 
     def _note_epoch(self, epoch_idx: int) -> None:
+        self._write_epochs()  # one that was not validated is complete now
         self.history.append(
             {
                 "epoch": epoch_idx,
@@ -216,8 +219,7 @@ class TrainerMixin:
             else (score <= self.best_valid_score)
         )
         note["best"] = bool(better)
-        if self.folder is not None:
-            self.folder.append_line("metrics.jsonl", note)
+        self._write_epochs()
         if not self._quiet:
             terms = "  ".join(f"{name} {value:.4f}" for name, value in note["loss"].items())
             tqdm.write(
@@ -225,6 +227,12 @@ class TrainerMixin:
                 f"valid {self.valid_metric} {score:.4f}{'  *' if better else ''}"
             )
         return score, result
+
+    def _write_epochs(self) -> None:
+        if self.folder is not None:
+            for note in self.history[self._n_written :]:
+                self.folder.append_line("metrics.jsonl", note)
+        self._n_written = len(self.history)
 
     def _check_nan(self, loss: Tensor) -> None:
         # for NCL's trainer, which has a loop of its own
@@ -363,8 +371,8 @@ class TrainerMixin:
             self.start_epoch = position["epoch"]
             self._restore_optimizer(self.optimizer, state)
         if self.folder is not None:
-            lines = [note for note in self.history if "valid" in note]
-            self.folder.write_lines("metrics.jsonl", lines)
+            self.folder.write_lines("metrics.jsonl", self.history)
+            self._n_written = len(self.history)
         message = "resumed in {stage}, epoch {epoch}, after {batch} batches".format(**position)
         _LOG.info(message)
         if not self._quiet:

@@ -145,6 +145,21 @@ def test_a_run_killed_in_an_epoch_ends_as_if_it_had_not_been(
     assert_equal_runs(reference, folder)
 
 
+@pytest.mark.parametrize("steps", [None, 7, 12])
+def test_every_epoch_has_a_line_whether_it_was_validated_or_not(steps, killed_at, tmp_path):
+    if steps is None:
+        train("SASRecFast", tmp_path, eval_step=2)
+    else:
+        killed_at(steps)
+        recbole_mm.run(resume=interrupted("SASRecFast", tmp_path, eval_step=2))
+    lines = contents(only_folder(tmp_path))["metrics"]
+    assert [(line["epoch"], "valid" in line) for line in lines] == [
+        (0, False),
+        (1, True),
+        (2, False),
+    ]
+
+
 @pytest.mark.parametrize(
     ("owner", "name", "n"),
     [

@@ -16,10 +16,10 @@ from recbole_mm.compare.plan import Cell, plan
 from recbole_mm.compare.report import render
 from recbole_mm.compare.tables import Table, protocol_of, shown, tabulate
 from recbole_mm.compare.write import write_all, write_page
-from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
 from recbole_mm.protocol import assert_comparable
 
-__all__ = ["Table", "compare"]
+__all__ = ["IncompleteTables", "Table", "compare"]
 
 
 def compare(
@@ -68,8 +68,9 @@ def compare(
         A table for each data set; the files are listed in :mod:`recbole_mm.compare.write`.
 
     Raises:
-        InputError: A name, key or value is wrong; or, after the files of all other data sets are
-            written, the runs of one do not share a protocol or none of them is finished.
+        InputError: A name, key or value is wrong.
+        IncompleteTables: After the files of all other data sets are written: the runs of one do
+            not share a protocol, or none of them is finished.
         EnvironmentFault: ``out`` is in use or cannot be written, or pyarrow is missing.
     """
     if importlib.util.find_spec("pyarrow") is None:
@@ -106,13 +107,25 @@ def compare(
             notify=progress.note,
             tick=progress.show_running,
         )
-    tables, errors = tabulate(outcomes, show)
+    tables, errors = tabulate(outcomes, show, missing_modality)
     write_all(tables, outcomes, folder)
     if tables:
         write_page(render(tables), folder)  # last: a chart cannot lose the tables
     if errors:
-        raise InputError("; ".join(map(str, errors)))
+        raise IncompleteTables("; ".join(map(str, errors)), tables)
     return tables
+
+
+class IncompleteTables(RecboleMMError):  # noqa: N818  (an outcome, with its tables)
+    """Some data sets have no table.
+
+    Attributes:
+        tables: Those of the others, which are written.
+    """
+
+    def __init__(self, message: str, tables: list[Table]) -> None:
+        super().__init__(message)
+        self.tables = tables
 
 
 class _Progress:

@@ -36,6 +36,7 @@ from recbole_mm import __version__
 from recbole_mm.compare import missing
 from recbole_mm.compare.plan import Cell
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
+from recbole_mm.run_folder import STATE, code_digest
 
 RECORD = "cell.json"
 ERROR = "error.json"
@@ -221,7 +222,10 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
     try:
         _limit_threads(threads)
         if not (folder / RECORD).is_file():
-            write_json(folder / RECORD, _train(cell, out, threads))
+            record = _train(cell, out, threads)
+            write_json(folder / RECORD, record)
+            # not before: a kill in between would cost the whole training
+            (folder / record["run"] / STATE).unlink(missing_ok=True)
         _measure_missing(folder, missing_modality)
     except RecboleMMError as error:
         write_json(folder / ERROR, {"message": str(error)})
@@ -243,11 +247,11 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
         "wall_seconds": round(time.perf_counter() - started + earlier_wall, 2),
         "cpu_seconds": round(time.process_time() - cpu + earlier_cpu, 2),
         "peak_memory_mb": peak_memory_mb(),
+        "gpu_memory_mb": _gpu_memory_mb(),
         "threads": threads,
     }
     run_folder = Path(result.pop("run"))
     _explain(cell, run_folder)
-    (run_folder / "last.safetensors").unlink(missing_ok=True)  # a finished cell never goes on
     counts = out / "data" / f"{fingerprint(result['protocol'])}.csv"
     if not counts.is_file():
         frame = counts_of(cell.row.model, cell.dataset, cell.values)
@@ -260,6 +264,7 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
         "seed": cell.seed,
         "key": cell.key,
         "version": __version__,
+        "code": code_digest(),
         "run": str(run_folder.relative_to(folder)),
         "result": result,
         "cost": cost,
@@ -267,16 +272,16 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
 
 
 def _start_or_continue(cell: Cell, folder: Path) -> tuple[dict[str, Any], float, float]:
-    """The result of the cell's run; one that was killed goes on, if this is the same version.
+    """The result of the cell's run; one that was killed goes on, if the code is the same.
 
     Returns:
         The result, and the wall and CPU seconds of the epochs before this process.
     """
     from recbole_mm.quick_start import run
 
-    for state in sorted((folder / "run").glob("*/*/*/last.safetensors")):
+    for state in sorted((folder / "run").glob(f"*/*/*/{STATE}")):
         made = json.loads((state.parent / "environment.json").read_text(encoding="utf-8"))
-        if made["packages"]["recbole_mm"] == __version__:
+        if made.get("code") == code_digest():
             try:
                 earlier = _seconds(state.parent / "metrics.jsonl")
                 return run(resume=state.parent), *earlier
@@ -307,8 +312,8 @@ def _explain(cell: Cell, run_folder: Path) -> None:
     if hasattr(get_model(cell.row.model), "explain"):
         try:
             explain_run(run_folder)
-        except RecboleMMError as error:
-            print(f"explain: {error}")  # noqa: T201  (into output.log)
+        except Exception:
+            traceback.print_exc()  # into output.log
 
 
 def _measure_missing(folder: Path, wanted: missing.Wanted) -> None:
@@ -333,6 +338,15 @@ def peak_memory_mb() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1024**2 if sys.platform == "darwin" else 1024), 1)
+
+
+def _gpu_memory_mb() -> float | None:
+    """Most memory of a GPU that torch held at a time, in MiB; ``None`` if it used none."""
+    import torch
+
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    return round(torch.cuda.max_memory_allocated() / 2**20, 1)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

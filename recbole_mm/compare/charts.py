@@ -15,7 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from recbole_mm.compare.tables import RowResult, Table
+from recbole_mm.compare.tables import RowResult, Table, sign_of
 from recbole_mm.compare.write import frame_of_costs, spread
 
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")
@@ -121,13 +121,16 @@ def _learning(table: Table, metric: str) -> go.Figure:
 
 
 def _pareto(table: Table, metric: str) -> go.Figure:
-    figure = _figure("CPU seconds until the chosen epoch", f"test {metric}")
-    costs = frame_of_costs([table])["CPU s to the best epoch"].clip(lower=0.01)
+    frame = frame_of_costs([table]).filter(like=" s to the best epoch")
+    clock = frame.columns[0].partition(" ")[0]
+    figure = _figure(f"{clock} seconds until the chosen epoch", f"test {metric}")
+    costs = frame.iloc[:, 0].clip(lower=0.01)
     means, sds = zip(*(spread(row.test(metric)) for row in table.rows), strict=True)
-    order = np.lexsort((-np.array(means), costs.to_numpy()))
+    good = sign_of(metric) * np.array(means)
+    order = np.lexsort((-good, costs.to_numpy()))
     front: list[int] = []
     for place in order:
-        if not front or means[place] > means[front[-1]]:
+        if not front or good[place] > good[front[-1]]:
             front.append(int(place))
     figure.add_scatter(
         x=[costs[place] for place in front],

@@ -81,6 +81,7 @@ class Cell:
         values: The resolved configuration, as another ``Config`` takes it: a file that changes
             while compare is at work changes nothing.
         key: Hash of the configuration and of the data files.
+        tuned: Whether a file of ``--tuned`` is part of the configuration.
     """
 
     row: Row
@@ -88,6 +89,7 @@ class Cell:
     seed: int
     values: Mapping[str, Any]
     key: str
+    tuned: bool = False
 
     @property
     def name(self) -> str:
@@ -142,7 +144,7 @@ def plan(
     rows = [row for spec in models for row in _rows(spec, named)]
     by_seed: dict[int, list[Cell]] = {}
     for dataset in datasets:
-        taken: dict[str, Row] = {}
+        taken: dict[str, tuple[Row, Config]] = {}
         common = _Common(
             dataset,
             config_files,
@@ -152,10 +154,11 @@ def plan(
         )
         for row in rows:
             for variant, config in common.resolve_all(row, modality_ablation=modality_ablation):
-                if not _is_new(variant, config, taken):
-                    continue
-                for number, cell in enumerate(_cells(variant, config, seeds)):
-                    by_seed.setdefault(number, []).append(cell)
+                _enter(variant, config, taken)
+        for row, config in taken.values():
+            is_tuned = bool(_tuned_file(common.tuned, row.model, dataset))
+            for number, cell in enumerate(_cells(row, config, seeds, is_tuned=is_tuned)):
+                by_seed.setdefault(number, []).append(cell)
     cells = [cell for number in sorted(by_seed) for cell in by_seed[number]]
     _check_drawn_candidates(cells)
     if tuned is not None and not any(
@@ -185,7 +188,9 @@ def _check_drawn_candidates(cells: Sequence[Cell]) -> None:
             )
 
 
-def _cells(row: Row, config: Config, seeds: Sequence[int] | int) -> Iterator[Cell]:
+def _cells(
+    row: Row, config: Config, seeds: Sequence[int] | int, *, is_tuned: bool
+) -> Iterator[Cell]:
     """The cells of a row."""
     first = int(config["seed"])
     chosen = list(range(first, first + seeds)) if isinstance(seeds, int) else list(seeds)
@@ -194,7 +199,7 @@ def _cells(row: Row, config: Config, seeds: Sequence[int] | int) -> Iterator[Cel
     values, data = reusable(config.resolved()), digest_of_data(config)
     for seed in chosen:
         key = _hash(_settings(config, seed) + data)
-        yield Cell(row, config["dataset"], seed, {**values, "seed": seed}, key)
+        yield Cell(row, config["dataset"], seed, {**values, "seed": seed}, key, is_tuned)
 
 
 @dataclass(frozen=True)
@@ -321,19 +326,22 @@ def _subsets(row: Row, config: Config) -> Iterator[Row]:
             yield Row(f"{row.label}[{','.join(subset)}]", row.model, values, expanded=True)
 
 
-def _is_new(row: Row, config: Config, taken: dict[str, Row]) -> bool:
-    """Whether no earlier row has the same configuration.
+def _enter(row: Row, config: Config, taken: dict[str, tuple[Row, Config]]) -> None:
+    """Enter a row by its configuration; of equal ones the one that was asked for by its name.
 
     Raises:
-        InputError: If one has, and this row was asked for by its name.
+        InputError: If both were.
     """
-    first = taken.setdefault(_settings(config, 0), row)
-    if first is not row and not row.expanded:
+    key = _settings(config, 0)
+    first, _ = taken.setdefault(key, (row, config))
+    if first is row or row.expanded:
+        return
+    if not first.expanded:
         raise InputError(
             f"--models: {row.label} is the same as {first.label} on {config['dataset']}: its "
             "variant sets nothing new; remove one of them"
         )
-    return first is row
+    taken[key] = (row, config)
 
 
 def _tuned_file(tuned: Path | None, model: str, dataset: str) -> tuple[str, ...]:
@@ -342,7 +350,13 @@ def _tuned_file(tuned: Path | None, model: str, dataset: str) -> tuple[str, ...]
     if not tuned.is_dir():
         raise InputError(f"--tuned: {tuned} is no folder")
     places = (tuned / dataset / f"{model}.yaml", tuned / f"{model}.yaml")
-    return tuple(str(path) for path in places if path.is_file())[:1]
+    for path in places:
+        if path.is_file():
+            for key in read_yaml(path):
+                if key in _RESERVED and key not in ("model", "dataset"):
+                    raise InputError(f"{path}: {key} is not for one row: {_RESERVED[key]}")
+            return (str(path),)
+    return ()
 
 
 # ------------------------------------------------------------------------------ keys

@@ -152,7 +152,7 @@ def _plain_cell(value: Any) -> Cell:
 def _value(table: Table, row: RowResult, metric: str) -> Cell:
     best, second = table.order(metric)
     signs = mark(table.comparison(row, metric), fixed=table.fixed_reference)
-    style = "best" if row is best else "second" if row is second else ""
+    style = "best" if row in best else "second" if row in second else ""
     marks = "".join(_MARKS[sign] for sign in signs if sign)
     return _spread_cell(row.test(metric), style, marks)
 

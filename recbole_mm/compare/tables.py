@@ -7,7 +7,7 @@ cells give the same bytes. What a run cost is in ``cost.*``.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -36,12 +36,14 @@ class RowResult:
         outcomes: Finished cells, by seed.
         planned: Number of seeds that were asked for.
         counts: Interactions by token, of ``user`` and of ``item``.
+        wanted: What of a modality was asked to be missing; a folder may hold more.
     """
 
     row: Row
     outcomes: tuple[Outcome, ...]
     planned: int
     counts: Mapping[str, pd.Series]
+    wanted: missing.Wanted = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -112,6 +114,7 @@ class RowResult:
             for outcome in self.outcomes
             for name, results in missing.read(outcome.folder).items()
             for percent, result in results.items()
+            if float(percent) in self.wanted.get(name, ())
         ]
         frame = pd.DataFrame(lines, columns=None if lines else ["modality", "percent", "seed"])
         frame["error"] = frame.get("error", pd.Series("", index=frame.index)).fillna("")
@@ -169,17 +172,17 @@ class Table:
             return None
         return 100 * (sign_of(metric) * float(row.test(metric).mean()) - base) / abs(base)
 
-    def order(self, metric: str) -> tuple[RowResult | None, RowResult | None]:
-        """Best and second row by mean test value; ``None`` where a tie leaves it open."""
+    def order(self, metric: str) -> tuple[list[RowResult], list[RowResult]]:
+        """The best rows by mean test value and the second ones; several in a tie.
+
+        None is the best of equal ones, and none the second if there are two.
+        """
         sign = sign_of(metric)
         means = {row: sign * round(float(row.test(metric).mean()), 6) for row in self.rows}
         values = sorted(set(means.values()), reverse=True)
-        best = [row for row in self.rows if means[row] == values[0]]
+        best = [row for row in self.rows if len(values) > 1 and means[row] == values[0]]
         second = [row for row in self.rows if len(values) > 1 and means[row] == values[1]]
-        return (
-            best[0] if len(best) == 1 and len(self.rows) > 1 else None,
-            second[0] if len(second) == 1 and len(best) == 1 and len(self.rows) > 2 else None,
-        )
+        return best, second if len(self.rows) > 2 else []
 
     @property
     def has_cold_targets(self) -> bool:
@@ -193,7 +196,9 @@ def sign_of(metric: str) -> int:
 
 
 def tabulate(
-    outcomes: Sequence[Outcome], show: Sequence[str] = ()
+    outcomes: Sequence[Outcome],
+    show: Sequence[str] = (),
+    missing_modality: missing.Wanted | None = None,
 ) -> tuple[list[Table], list[InputError]]:
     """One table for each data set, and why there is none for the others.
 
@@ -201,6 +206,7 @@ def tabulate(
         outcomes: Of all cells, in the order of the plan.
         show: Metrics, such as ``NDCG@10``; by default every metric at the cut-off of the one that
             selects the epoch.
+        missing_modality: What of the measurements with a modality missing goes into the tables.
 
     Returns:
         The tables, and for each of the other data sets an error: that no cell is finished, or that
@@ -210,20 +216,22 @@ def tabulate(
     for dataset in dict.fromkeys(outcome.cell.dataset for outcome in outcomes):
         group = [outcome for outcome in outcomes if outcome.cell.dataset == dataset]
         try:
-            tables.append(_table(dataset, group, show))
+            tables.append(_table(dataset, group, show, missing_modality or {}))
         except InputError as error:
             errors.append(error)
     return tables, errors
 
 
-def _table(dataset: str, group: Sequence[Outcome], show: Sequence[str]) -> Table:
+def _table(
+    dataset: str, group: Sequence[Outcome], show: Sequence[str], wanted: missing.Wanted
+) -> Table:
     finished = [outcome for outcome in group if outcome.record is not None]
     failures = tuple(outcome for outcome in group if outcome.record is None)
     if not finished:
         reasons = "; ".join(f"{failure.cell.name}: {failure.error}" for failure in failures)
         raise InputError(f"{dataset}: no cell is finished, so there is no table: {reasons}")
     protocol = _one_protocol(finished)
-    rows = tuple(_rows_of(group, _counts(finished[0])))
+    rows = tuple(_rows_of(group, _counts(finished[0]), wanted))
     metrics = shown(protocol.metrics, protocol.topk, protocol.valid_metric, show)
     references, fixed = _references(rows, metrics)
     return Table(
@@ -262,7 +270,9 @@ def _counts(outcome: Outcome) -> dict[str, pd.Series]:
     return {str(kind): part.set_index("token")["count"] for kind, part in frame.groupby("kind")}
 
 
-def _rows_of(group: Sequence[Outcome], counts: Mapping[str, pd.Series]) -> list[RowResult]:
+def _rows_of(
+    group: Sequence[Outcome], counts: Mapping[str, pd.Series], wanted: missing.Wanted
+) -> list[RowResult]:
     by_row: dict[Row, list[Outcome]] = {}
     for outcome in group:
         by_row.setdefault(outcome.cell.row, []).append(outcome)
@@ -271,7 +281,7 @@ def _rows_of(group: Sequence[Outcome], counts: Mapping[str, pd.Series]) -> list[
         done = [outcome for outcome in outcomes if outcome.record is not None]
         if done:
             ordered = sorted(done, key=lambda outcome: outcome.cell.seed)
-            results.append(RowResult(row, tuple(ordered), len(outcomes), counts))
+            results.append(RowResult(row, tuple(ordered), len(outcomes), counts, wanted))
     return results
 
 
@@ -362,11 +372,13 @@ def caption(table: Table, marks: dict[str, str]) -> list[str]:
     """
     seeds = sorted({outcome.cell.seed for row in table.rows for outcome in row.outcomes})
     spread = "mean ± sample standard deviation over " if len(seeds) > 1 else ""
+    chosen = "the epoch is chosen on validation" if table.protocol.valid_users else "no validation"
     lines = [
         f"{table.protocol.line().removeprefix('protocol: ')}.",
-        f"Test values, {spread}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; the "
-        "epoch is chosen on validation and the test set scored once. Best in bold, second "
-        "underlined.",
+        f"Test values, {spread}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
+        f"{chosen} and the test set scored once. Best in bold, second underlined.",
+        *_tuned_lines(table),
+        *_budget_lines(table),
     ]
     names = {m: reference.label for m, reference in table.references.items()}
     if len(table.rows) > 1:
@@ -390,12 +402,40 @@ def caption(table: Table, marks: dict[str, str]) -> list[str]:
         if len(row.outcomes) < row.planned:
             lines.append(f"{row.label}: {len(row.outcomes)} of {row.planned} seeds finished.")
     versions = {
-        row.label: {o.record["version"] for o in row.outcomes if o.record} for row in table.rows
+        row.label: {_version(o.record) for o in row.outcomes if o.record} for row in table.rows
     }
     if len(set().union(*versions.values())) > 1:
         said = "; ".join(f"{row} by {', '.join(sorted(found))}" for row, found in versions.items())
         lines.append(f"Rows were computed by several versions of recbole_mm: {said}.")
     return lines
+
+
+def _version(record: Mapping[str, Any]) -> str:
+    code = record.get("code")
+    return str(record["version"]) if code is None else f"{record['version']} (source {code})"
+
+
+def _tuned_lines(table: Table) -> Iterator[str]:
+    """Which rows had a file of ``--tuned``, if any had."""
+    tuned = [row.label for row in table.rows if row.outcomes[0].cell.tuned]
+    if tuned:
+        rest = [row.label for row in table.rows if row.label not in tuned]
+        others = f"; with their defaults: {', '.join(rest)}" if rest else ""
+        yield f"With a tuned configuration: {', '.join(tuned)}{others}."
+
+
+def _budget_lines(table: Table) -> Iterator[str]:
+    """What sets how long rows were trained and what they read, where they differ in it."""
+    trained = [row for row in table.rows if row.results[0]["epochs"] > 1]
+    for key in ("MAX_ITEM_LIST_LENGTH", "epochs", "eval_step", "stopping_step"):
+        by_value: dict[str, list[str]] = {}
+        for row in trained:
+            value = row.outcomes[0].cell.values.get(key)
+            if value is not None:
+                by_value.setdefault(str(value), []).append(row.label)
+        if len(by_value) > 1:
+            said = "; ".join(f"{value} for {', '.join(of)}" for value, of in by_value.items())
+            yield f"Rows differ in {key}: {said}."
 
 
 def _tests_line(table: Table, against: str, marks: dict[str, str], used: set[str]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,11 @@ _TEX_SPECIAL = str.maketrans(
     | {"±": r"$\pm$", "<": "$<$", ">": "$>$"}
 )
 
+_OF_TABLES = (
+    *("table.md", "table.tex", "table.csv", "significance.csv", "cost.csv", "cost.md"),
+    *("missing.csv", "users.parquet", "topk.parquet", "report.html"),
+)
+
 
 def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], out: Path) -> None:
     """Write every file of the tables into ``out``; without any, what became of the cells.
@@ -43,6 +50,8 @@ def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], out: Path) -
     with _writing(out):
         write_text(out / "cells.csv", _frame_of_cells(outcomes, out).to_csv(index=False))
         if not tables:
+            for name in _OF_TABLES:  # of another call
+                (out / name).unlink(missing_ok=True)
             return
         write_text(out / "table.md", "\n".join(_markdown_lines(tables)) + "\n")
         write_text(out / "table.tex", "\n\n".join(_latex(table) for table in tables) + "\n")
@@ -184,9 +193,9 @@ def _value(
 ) -> str:
     text = _with_spread(row.test(metric))
     best, second = table.order(metric)
-    if row is best:
+    if row in best:
         text = bold.format(text)
-    elif row is second:
+    elif row in second:
         text = under.format(text)
     signs = mark(table.comparison(row, metric), fixed=table.fixed_reference)
     return text + "".join(marks[sign] for sign in signs if sign)
@@ -272,33 +281,48 @@ def _frame_of_tests(tables: Iterable[Table]) -> pd.DataFrame:
 
 
 def frame_of_costs(tables: Iterable[Table]) -> pd.DataFrame:
-    """What the runs of each row cost, as a mean over seeds."""
+    """What the runs of each row cost, as a mean over seeds.
+
+    Epochs are counted in CPU seconds, or, where a GPU was used, in seconds of the clock.
+    """
     lines = []
+    on_gpu = any(
+        (outcome.record or {})["cost"].get("gpu_memory_mb")
+        for table in tables
+        for row in table.rows
+        for outcome in row.outcomes
+    )
+    clock, key = ("wall", "train_seconds") if on_gpu else ("CPU", "train_cpu_seconds")
     for table in tables:
         for row in table.rows:
             costs = [outcome.record["cost"] for outcome in row.outcomes if outcome.record]
-            epochs = [note["train_cpu_seconds"] for run in row.epochs for note in run]
+            epochs = [note[key] for run in row.epochs for note in run]
             to_best = [
-                sum(note["train_cpu_seconds"] for note in run[: result["best_epoch"] + 1])
+                sum(note[key] for note in run if note["epoch"] <= result["best_epoch"])
                 for run, result in zip(row.epochs, row.results, strict=True)
             ]
-            memory = [cost["peak_memory_mb"] for cost in costs if cost["peak_memory_mb"]]
             lines.append(
                 {
                     "dataset": table.dataset,
                     "model": row.label,
                     "seeds": len(costs),
                     "epochs": _mean_of(row, "epochs"),
-                    "CPU s an epoch": round(statistics.mean(epochs), 3) if epochs else 0.0,
-                    "CPU s to the best epoch": round(statistics.mean(to_best), 1),
+                    f"{clock} s an epoch": round(statistics.mean(epochs), 3) if epochs else 0.0,
+                    f"{clock} s to the best epoch": round(statistics.mean(to_best), 1),
                     "CPU s in all": round(statistics.mean(c["cpu_seconds"] for c in costs), 1),
                     "wall s in all": round(statistics.mean(c["wall_seconds"] for c in costs), 1),
                     "threads": max(cost["threads"] for cost in costs),
-                    "peak memory, MiB": round(max(memory)) if memory else None,
+                    "peak memory, MiB": _most(costs, "peak_memory_mb"),
+                    **({"peak GPU memory, MiB": _most(costs, "gpu_memory_mb")} if on_gpu else {}),
                     "parameters": row.parameters,
                 }
             )
     return pd.DataFrame(lines)
+
+
+def _most(costs: Sequence[Mapping[str, Any]], key: str) -> int | None:
+    known = [cost[key] for cost in costs if cost.get(key)]
+    return round(max(known)) if known else None
 
 
 def _frame_of_missing(tables: Iterable[Table]) -> pd.DataFrame:
@@ -333,17 +357,51 @@ def _frame_of_cells(outcomes: Sequence[Outcome], out: Path) -> pd.DataFrame:
 
 
 def _write_parquet(tables: Sequence[Table], out: Path) -> None:
-    users, lists = [], []
-    for table in tables:
-        for row in table.rows:
-            for outcome, frame in zip(row.outcomes, row.users, strict=True):
-                of_run = {"dataset": table.dataset, "model": row.label, "seed": outcome.cell.seed}
-                got = lists_frame(PerUser.load(outcome.run / "per_user.npz"))
-                users.append(frame.assign(**of_run))
-                lists.append(got.assign(**of_run))
-    for name, parts in (("users", users), ("topk", lists)):
-        whole = pd.concat(parts, ignore_index=True)
-        last = whole.columns[-3:].tolist()
-        temporary = out / f"{name}.parquet.tmp"
-        whole[[*last, *whole.columns[:-3]]].to_parquet(temporary, index=False)
-        temporary.replace(out / f"{name}.parquet")
+    """What each user got, a row group for each cell: all of them together may not fit memory."""
+    with ExitStack() as stack:
+        users, lists = (_Parquet(out / f"{n}.parquet", stack) for n in ("users", "topk"))
+        for table in tables:
+            for row in table.rows:
+                for outcome, frame in zip(row.outcomes, row.users, strict=True):
+                    of_run = {
+                        "dataset": table.dataset,
+                        "model": row.label,
+                        "seed": outcome.cell.seed,
+                    }
+                    # no number where a row has several targets
+                    users.write(of_run, frame.astype({"target_count": "Int64"}))
+                    lists.write(of_run, lists_frame(PerUser.load(outcome.run / "per_user.npz")))
+
+
+class _Parquet:
+    """A parquet file that takes its place when the block ends well."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self._path, self._stack = path, stack
+        self._writer: Any = None
+
+    def write(self, first: Mapping[str, Any], frame: pd.DataFrame) -> None:
+        """Append a frame, with columns of one value before its own."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        whole = frame.assign(**first)[[*first, *frame.columns]]
+        part = pa.Table.from_pandas(whole, preserve_index=False)
+        if self._writer is None:
+            texts = [
+                f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in part.schema
+            ]
+            schema = pa.schema(texts, part.schema.metadata)
+            temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
+            self._stack.push(partial(_replace_if_well, temporary, self._path))
+            self._writer = self._stack.enter_context(pq.ParquetWriter(temporary, schema))
+        self._writer.write_table(part.cast(self._writer.schema))
+
+
+def _replace_if_well(
+    temporary: Path, path: Path, error: type[BaseException] | None, *_: object
+) -> None:
+    if error is None:
+        temporary.replace(path)
+    else:
+        temporary.unlink(missing_ok=True)

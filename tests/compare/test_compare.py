@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pandas as pd
 import pytest
 
 from recbole_mm.cli import main
-from recbole_mm.compare import compare
+from recbole_mm.compare import IncompleteTables, cells, compare
+from recbole_mm.compare.plan import plan
 from recbole_mm.compare.tables import tabulate
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.protocol import Protocol
@@ -131,7 +133,7 @@ def test_runs_of_other_items_or_splits_do_not_share_a_table(done):
         assert f"cannot share a table, they differ in {field}" in str(error)
 
 
-def test_a_data_set_without_a_finished_cell_leaves_the_tables_of_the_others(done, tmp_path):
+def test_a_data_set_without_a_finished_cell_leaves_the_tables_of_the_others(done, tmp_path, capsys):
     out, _ = done
     pop, mm = finished(out)
     failed = replace(pop, cell=replace(pop.cell, dataset="other"), record=None, error="no time")
@@ -142,14 +144,21 @@ def test_a_data_set_without_a_finished_cell_leaves_the_tables_of_the_others(done
     (tmp_path / "bad").mkdir()
     header = "user_id:token\titem_id:token\ttimestamp:float\n"
     (tmp_path / "bad" / "bad.inter").write_text(f"{header}u\ti\tsoon\n")
-    with pytest.raises(InputError, match=r"bad: no cell is finished.*'soon'"):
-        compare(
-            ["Pop"], ["tiny", "bad"], out=tmp_path / "o", command_line=[f"--data_path={tmp_path}"]
-        )
+    arguments = ["compare", "--models=Pop", f"--data_path={tmp_path}", f"--out={tmp_path / 'o'}"]
+    capsys.readouterr()
+    assert main([*arguments, "--datasets=tiny,bad"]) == 1
+    printed = capsys.readouterr()
+    assert re.search(r"error: bad: no cell is finished.*'soon'", printed.err)
+    assert "### tiny" in printed.out
     assert "### tiny" in (tmp_path / "o/table.md").read_text()
     states = pd.read_csv(tmp_path / "o/cells.csv").set_index("dataset")["state"]
     assert states.to_dict() == {"tiny": "finished", "bad": "failed"}
     assert (tmp_path / "o/report.html").is_file()
+    with pytest.raises(IncompleteTables, match="bad: no cell is finished") as caught:
+        compare(["Pop"], ["bad"], out=tmp_path / "o", command_line=[f"--data_path={tmp_path}"])
+    assert not caught.value.tables
+    # of the earlier call nothing is left that could be taken for this one's
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {".lock", "cells", "cells.csv", "data"}
 
 
 def test_less_of_some_metrics_is_better(tmp_path):
@@ -163,7 +172,7 @@ def test_less_of_some_metrics_is_better(tmp_path):
     )
     values = {row.label: float(row.test("giniindex@10").mean()) for row in table.rows}
     ordered = sorted(values, key=values.get)
-    best, second = table.order("giniindex@10")
+    (best,), (second,) = table.order("giniindex@10")
     assert [best.label, second.label] == ordered[:2]
     # all three are baselines: the first row is what others are measured against
     for row in table.rows[1:]:
@@ -210,11 +219,8 @@ def test_what_fails_with_a_modality_missing_is_told_and_keeps_the_run(done, monk
 
 def finished(out):
     """Outcomes of the two finished cells."""
-    from recbole_mm.compare.cells import read_outcome
-    from recbole_mm.compare.plan import plan
-
-    cells = plan(["Pop", "SASRecMM"], ["tiny"], 1, command_line=QUICK)
-    return [read_outcome(cell, out) for cell in cells]
+    planned = plan(["Pop", "SASRecMM"], ["tiny"], 1, command_line=QUICK)
+    return [cells.read_outcome(cell, out) for cell in planned]
 
 
 def altered(outcome, field, value):
@@ -259,6 +265,33 @@ def test_percentages_of_a_missing_modality_are_checked(text):
     assert parse(["text:0", "text:50"]) == {"text": (0.0, 50.0)}
     with pytest.raises(InputError, match="not of the form"):
         parse([text])
+
+
+def test_a_kill_after_the_training_does_not_cost_it(done, tmp_path, monkeypatch):
+    """What comes after the last epoch fails once; explain may fail for good."""
+    from recbole_mm import quick_start
+    from recbole_mm.compare import users
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    def wrong(*_):
+        raise IndexError("no such row")
+
+    (cell,) = plan(["MUFASA"], ["tiny"], 1, command_line=QUICK)
+    folder = tmp_path / "cells" / cell.folder
+    folder.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(users, "counts_of", dies)
+        with pytest.raises(KeyboardInterrupt):
+            cells._train(cell, tmp_path, 1)
+    (weights,) = folder.glob("run/*/*/*/model.safetensors")
+    written = weights.stat().st_mtime_ns
+    monkeypatch.setattr(quick_start, "explain_run", wrong)
+    record = cells._train(cell, tmp_path, 1)
+    assert folder / record["run"] == weights.parent
+    assert weights.stat().st_mtime_ns == written
+    assert record["result"]["epochs"] == 1
 
 
 @pytest.mark.slow

@@ -87,6 +87,22 @@ def test_tuned_configurations_are_taken_by_data_set_then_by_model(tmp_path):
     cells = plan(["SASRec", "BPR", "Pop"], ["tiny"], 1, tuned=tmp_path)
     assert [cell.values["learning_rate"] for cell in cells] == [0.01, 0.03, 0.001]
 
+    assert [cell.tuned for cell in cells] == [True, True, False]
+
+
+def test_a_tuned_configuration_sets_no_seed_for_one_row(tmp_path):
+    (tmp_path / "SASRec.yaml").write_text("model: SASRec\ndataset: tiny\nseed: 7\n")
+    with pytest.raises(InputError, match=r"SASRec\.yaml: seed is not for one row: use --seeds"):
+        plan(["SASRec", "BPR"], ["tiny"], 1, tuned=tmp_path)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_row_that_is_named_stays_beside_an_equal_one_of_the_modality_ablation(order):
+    models = ["MUFASA", "MUFASA+ids_only"][::order]
+    found = labels(plan(models, ["tiny"], 1, modality_ablation=True))
+    assert sorted(found) == ["MUFASA", "MUFASA+ids_only", "MUFASA[image]", "MUFASA[text]"]
+    assert [label for label in found if label in models] == models
+
 
 def test_every_subset_of_modalities_is_a_row_of_models_that_read_them():
     cells = plan(["SASRec", "SASRecMM"], ["tiny"], 1, modality_ablation=True)

@@ -15,6 +15,7 @@ from recbole_mm.compare.charts import _style, charts_of
 from recbole_mm.compare.plan import plan
 from recbole_mm.compare.report import _json_for_html, _quoted
 from recbole_mm.compare.tables import caption, tabulate
+from recbole_mm.run_folder import code_digest
 from tests.compare.conftest import QUICK
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -23,7 +24,8 @@ DRIVER = shutil.which("chromedriver")
 
 def table(out):
     cells = plan(["Pop", "SASRecMM"], ["tiny"], 1, command_line=QUICK)
-    (found,), _ = tabulate([read_outcome(cell, out) for cell in cells])
+    outcomes = [read_outcome(cell, out) for cell in cells]
+    (found,), _ = tabulate(outcomes, missing_modality={"text": (0.0, 100.0)})
     return found
 
 
@@ -41,8 +43,14 @@ def test_a_table_says_that_its_rows_are_of_several_versions(done):
     found = table(done[0])
     assert not any("several versions" in line for line in caption(found, marks))
     found.rows[0].outcomes[0].record["version"] = "0.0.9"
+    note, source = caption(found, marks)[-1], f"(source {code_digest()})"
+    assert note.endswith(f"Pop by 0.0.9 {source}; SASRecMM by {__version__} {source}.")
+    # neither does the number of the version change with every change of what it stands for
+    found.rows[0].outcomes[0].record.update(version=__version__, code="0" * 12)
     note = caption(found, marks)[-1]
-    assert note.endswith(f"Pop by 0.0.9; SASRecMM by {__version__}.")
+    assert f"Pop by {__version__} (source 000000000000); SASRecMM by {__version__} {source}" in note
+    del found.rows[0].outcomes[0].record["code"]  # of before there was one
+    assert f"Pop by {__version__}; SASRecMM" in caption(found, marks)[-1]
 
 
 def test_charts_show_what_the_tables_say(done):
