@@ -245,7 +245,10 @@ def _frame_of_means(tables: Iterable[Table]) -> pd.DataFrame:
         for row in table.rows:
             common = {"dataset": table.dataset, "model": row.label, "reads": row.reads}
             for metric in row.results[0]["test_result"]:
-                for part, values in (("valid", row.valid(metric)), ("test", row.test(metric))):
+                parts = {"valid": row.valid(metric), "test": row.test(metric)}
+                if table.has_cold_targets and metric in row.users[0]:
+                    parts["test, cold targets"] = row.on(is_cold, metric)
+                for part, values in parts.items():
                     mean, sd = spread(values)
                     shown = part == "test" and metric in table.metrics
                     gain = table.gain(row, metric) if shown else None

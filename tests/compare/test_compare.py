@@ -255,6 +255,10 @@ def test_cold_items_get_a_column_of_their_own(tmp_path):
     text = (tmp_path / "table.md").read_text()
     assert f"cold mrr@20 ({len(cold)} targets)" in text
     assert f"{cold['mrr@20'].mean():.4f}" in text
+    of_cold = pd.read_csv(tmp_path / "table.csv").query("part == 'test, cold targets'")
+    means = of_cold.set_index("metric")["mean"]
+    assert means["mrr@20"] == pytest.approx(cold["mrr@20"].mean(), abs=1e-6)
+    assert "hit@10" in means
 
 
 @pytest.mark.parametrize("text", ["text:a", "text:101", ":5", "text:-1,2"])
