@@ -21,7 +21,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import json
 import logging
@@ -43,7 +42,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recbole_mm import __version__, distributed
-from recbole_mm.checkpoint import Checkpoint, read, replacing, write, writing
+from recbole_mm.checkpoint import Checkpoint, fingerprint, read, replacing, write, writing
+from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import EnvironmentFault, InputError
 
 MODEL = "model.safetensors"
@@ -201,10 +201,10 @@ class _PlainFormatter(logging.Formatter):
 def code_digest() -> str:
     """A hash of the package's source files: what tells two states of one version apart."""
     package = Path(__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(file.relative_to(package).as_posix().encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()[:12]
+    files = sorted(package.rglob("*.py"))
+    return fingerprint(
+        f"{file.relative_to(package).as_posix()} {sha256_of(file)}" for file in files
+    )
 
 
 def environment() -> dict[str, Any]:

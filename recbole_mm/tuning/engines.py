@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from recbole_mm import compat
+from recbole_mm.checkpoint import fingerprint
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.tuning.search import Record, Search, check_same
 from recbole_mm.tuning.space import Parameter, grid
@@ -389,7 +389,7 @@ def by_ray(search: Search, ray: Any, storage: str | None) -> list[Record]:
 
 def _ray_name(settings: Mapping[str, Any]) -> str:
     """Of the folder in the storage; a search with other settings is another one."""
-    of_settings = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    of_settings = fingerprint([json.dumps(settings, sort_keys=True)])
     return f"{settings['dataset']}-{settings['model']}-{of_settings}"
 
 

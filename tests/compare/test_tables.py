@@ -13,26 +13,12 @@ from recbole_mm.compare.plan import Cell, Row
 from recbole_mm.compare.tables import caption, tabulate
 from recbole_mm.compare.write import _latex, frame_of_costs, write_all
 from recbole_mm.evaluation import PerUser
-from recbole_mm.protocol import Protocol
+from tests.tuning import fake
 
 USERS = 400
 MARKS = {"*": "*", "-": "v", "+": "+"}
-PROTOCOL = Protocol(
-    split="LS valid_and_test",
-    order="TO",
-    mode="full",
-    mask_history=False,
-    metrics=("NDCG", "MRR"),
-    topk=(10,),
-    valid_metric="NDCG@10",
-    decimal_places=6,
-    candidates=50,
-    items="a",
-    train="b",
-    valid="c",
-    test="d",
-    valid_users=USERS,
-    test_users=USERS,
+PROTOCOL = replace(
+    fake.PROTOCOL, metrics=("NDCG", "MRR"), candidates=50, valid_users=USERS, test_users=USERS
 )
 
 
