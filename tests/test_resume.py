@@ -34,6 +34,7 @@ QUICK = {
 OF_MODEL = {
     "MUFASA": {"mfl_pretrain_epochs": 2, "freeze_mfl": True, "train_batch_size": 64},
     "SASRecFast": {"train_objective": "last"},
+    "MDSRec": {"train_batch_size": 64},
     "SASRecMM": {"train_batch_size": 64},
     "MultiVAE": {"train_batch_size": 64},
 }

@@ -37,6 +37,8 @@ from recbole_mm.explain import Table, by_activity
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.modules.modality_interest import (
+    ATTENTIONS,
+    CAUSAL,
     History,
     InterestFusion,
     ItemRelations,
@@ -72,19 +74,25 @@ class MDSRec(MultimodalSequentialRecommender):
     but its content and its neighbours, by which it is scored. An item without any modality has the
     score 0 for everyone; only with ``use_id: False`` can it occur in training.
 
+    Interest centres are those of the history so far at every position (``running``), so that a
+    window is trained at all of them; ``centres`` of the whole history, ``global`` ones, and
+    ``self``, a causal Transformer, are options.
+
     Raises:
         InputError: If a key has an impossible value, or nothing describes an item.
     """
 
     no_all_positions_reason: ClassVar[str] = (
         "its interest centres see the whole history, later items too "
-        "(interest_attention: self makes it see earlier ones only)"
+        "(interest_attention: running makes it see earlier ones only)"
     )
 
     @classmethod
     def offered_objectives(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
         """``all`` only with an attention that sees no later item."""
-        return ("last", "all") if values["interest_attention"] == "self" else ("last",)
+        # one that does not exist is refused by its name, in the constructor
+        not_causal = values["interest_attention"] in set(ATTENTIONS) - set(CAUSAL)
+        return ("last",) if not_causal else ("last", "all")
 
     def __init__(self, config: Config, dataset: MultimodalSequentialDataset) -> None:
         super().__init__(config, dataset)
@@ -186,7 +194,7 @@ class MDSRec(MultimodalSequentialRecommender):
         return fused
 
     def states(self, item_seq: Tensor, item_seq_len: Tensor, items: Tensor) -> Tensor:
-        """Fused interests ``(B, L, M * D)`` at every position, for ``interest_attention: self``."""
+        """Fused interests ``(B, L, M * D)`` at every position, for a causal attention only."""
         fused: Tensor = self.fuse(*self._interests(item_seq, item_seq_len, items, everywhere=True))
         return fused
 

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from recbole_mm.layers.encoder import FeedForward, TransformerEncoder
 from recbole_mm.ops.masking import masked_mean, masked_softmax, padding_mask
-from recbole_mm.ops.packing import Packing
+from recbole_mm.ops.packing import Packing, by_length
 from recbole_mm.ops.propagation import propagate
+from recbole_mm.ops.running_mean import running_softmax_mean
 
-ATTENTIONS = ("centres", "self", "global")
+ATTENTIONS = ("centres", "running", "self", "global")
+CAUSAL = ("running", "self")
 FUSIONS = ("attention", "sum", "concat")
 
 
@@ -153,14 +155,18 @@ class InterestLayer(nn.Module):
         S'' = \operatorname{LN}(S' + \operatorname{FFN}(S'))
 
     The cost is linear in ``L``, and nothing but the centres and the attention to them is computed
-    for padding. Centres see the whole row, later positions too: this is not causal.
+    for padding. Centres see the whole row, later positions too: this is not causal. With
+    ``running`` every position has centres of its own, those of the row up to there; the last one's
+    are the same in both.
 
-    Source: [inferred: LightSANs]; attention and feed-forward layer as in
+    Source: [inferred: LightSANs], ``running`` [ours]; attention and feed-forward layer as in
     :class:`~recbole_mm.layers.encoder.TransformerLayer`, save the bias of the keys.
 
     Args:
         k_interests: Number of centres ``K``.
         shared: Whether the centres are shared by all users, see :class:`InterestCentres`.
+        running: Whether a position sees the centres of what came before it alone; with centres of
+            the user's own only.
         n_heads: Heads ``H``; must divide ``hidden_size``.
         hidden_size: Width ``D``.
         inner_size: Width inside the feed-forward layer.
@@ -183,6 +189,7 @@ class InterestLayer(nn.Module):
         k_interests: int,
         *,
         shared: bool,
+        running: bool,
         n_heads: int,
         hidden_size: int,
         inner_size: int,
@@ -196,6 +203,9 @@ class InterestLayer(nn.Module):
             raise ValueError(
                 f"hidden_size {hidden_size} is not a multiple of n_heads {n_heads}; change either"
             )
+        if shared and running:
+            raise ValueError("centres that users share do not run along with a history")
+        self.running = running
         self.n_heads = n_heads
         self.attn_dropout = attn_dropout_prob
         self.centres = InterestCentres(hidden_size, k_interests, shared=shared)
@@ -216,22 +226,38 @@ class InterestLayer(nn.Module):
     def forward(self, x: Tensor, packing: Packing, *, last: bool) -> Tensor:
         """Attend from every position, or from the last of each row; shapes as in the class."""
         padded = packing.pad(x)  # (B, L, D)
-        centres = self.centres(padded, packing.real)  # (B, K, D)
-        if last:
-            place = (packing.real.sum(1) - 1).clamp(min=0)
-            x = padded[torch.arange(len(padded), device=x.device), place]  # (B, D)
-        query = self.query(x)
-        heads = F.scaled_dot_product_attention(
-            self._heads(query.unsqueeze(1) if last else packing.pad(query)),
-            self._heads(self.key(centres)),
-            self._heads(self.value(centres)),
-            dropout_p=self.attn_dropout if self.training else 0.0,
-        )  # (B, H, 1 or L, D/H)
-        heads = heads.transpose(1, 2).flatten(2)
-        heads = heads.squeeze(1) if last else packing.pack(heads)
+        if self.running and not last:
+            heads = packing.pack(by_length(self._running, padded, packing.real.sum(1)))
+        else:
+            centres = self.centres(padded, packing.real)  # (B, K, D)
+            if last:
+                place = (packing.real.sum(1) - 1).clamp(min=0)
+                x = padded[torch.arange(len(padded), device=x.device), place]  # (B, D)
+            query = self.query(x)
+            heads = F.scaled_dot_product_attention(
+                self._heads(query.unsqueeze(1) if last else packing.pad(query)),
+                self._heads(self.key(centres)),
+                self._heads(self.value(centres)),
+                dropout_p=self.attn_dropout if self.training else 0.0,
+            )  # (B, H, 1 or L, D/H)
+            heads = heads.transpose(1, 2).flatten(2)
+            heads = heads.squeeze(1) if last else packing.pack(heads)
         x = self.LayerNorm(x + self.dropout(self.dense(heads)))
         y: Tensor = self.feed_forward(x)
         return y
+
+    def _running(self, x: Tensor, _length: Tensor) -> Tensor:
+        """Attention of every position to the centres of its prefix, (B, L, D); dense, unpacked."""
+        # the maps of a mean are the means of the maps, and a position has K centres
+        both = torch.cat([self.key(x), self.value(x)], dim=-1)
+        means = running_softmax_mean(self.centres.theta(x), both)  # (B, L, K, 2 * D)
+        B, L, K, _ = means.shape
+        keys, values = means.view(B, L, K, 2, self.n_heads, -1).unbind(3)  # (B, L, K, H, D/H)
+        query = self.query(x).view(B, L, 1, self.n_heads, -1)
+        scores = (query * keys).sum(-1) * keys.size(-1) ** -0.5  # (B, L, K, H)
+        weights = F.dropout(scores.softmax(2), self.attn_dropout, self.training)
+        heads: Tensor = (weights.unsqueeze(-1) * values).sum(2).flatten(2)
+        return heads
 
 
 class History:
@@ -276,8 +302,8 @@ class ModalityInterest(nn.Module):
     that has the modality does.
 
     Args:
-        attention: ``centres``, ``global`` (both :class:`InterestLayer`), or ``self``: a causal
-            Transformer.
+        attention: ``centres``, ``running``, ``global`` (all :class:`InterestLayer`), or ``self``: a
+            causal Transformer. ``running`` and ``self`` see no later position.
         max_length: Longest sequence ``L``.
         k_interests: Number of centres of a layer; without effect for ``self``.
         n_layers: Number of layers, at least 1.
@@ -319,6 +345,7 @@ class ModalityInterest(nn.Module):
             )
         if n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, got {n_layers}")
+        self.attention = attention
         self.position_embedding = nn.Embedding(max_length, hidden_size)  # p
         self.norm = nn.LayerNorm(hidden_size, eps=layer_norm_eps)
         self.dropout = nn.Dropout(hidden_dropout_prob)
@@ -339,6 +366,7 @@ class ModalityInterest(nn.Module):
                 InterestLayer(
                     k_interests,
                     shared=attention == "global",
+                    running=attention == "running",
                     n_heads=n_heads,
                     hidden_size=hidden_size,
                     inner_size=inner_size,
@@ -366,7 +394,7 @@ class ModalityInterest(nn.Module):
         return torch.where(length[:, None] > 0, x, 0.0)
 
     def states(self, history: History, vectors: Tensor) -> Tensor:
-        """The user at every position, ``(B, L, D)``; for ``self`` only.
+        """The user at every position, ``(B, L, D)``; for ``running`` and ``self`` only.
 
         A position whose item lacks the modality has the state of the last one before it that has
         it, and zero if there is none. What stands at padding is finite and has no meaning.
@@ -374,9 +402,18 @@ class ModalityInterest(nn.Module):
         Raises:
             ValueError: If the attention is not causal.
         """
-        if self.encoder is None:
-            raise ValueError("interest centres see later positions; use interest_attention: self")
-        x = self.encoder(history.packing.pad(self._inputs(history, vectors)), history.length)
+        if self.attention not in CAUSAL:
+            raise ValueError(
+                "interest centres of a whole history see later positions; "
+                f"use interest_attention: {' or '.join(CAUSAL)}"
+            )
+        x, packing = self._inputs(history, vectors), history.packing
+        if self.encoder is not None:
+            x = self.encoder(packing.pad(x), history.length)
+        else:
+            for layer in self.layer:
+                x = layer(x, packing, last=False)
+            x = packing.pad(x)
         place = history.place.unsqueeze(-1)  # (B, L, 1)
         return torch.where(place >= 0, x.gather(1, place.clamp(min=0).expand_as(x)), 0.0)
 

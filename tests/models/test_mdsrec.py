@@ -12,6 +12,7 @@ from recbole_mm.config import DATASETS, PROPERTIES, Config
 from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import InputError
 from recbole_mm.models.mdsrec import MDSRec
+from recbole_mm.modules.modality_interest import CAUSAL
 from tests.models.conftest import SMALL
 from tests.reference import mdsrec as reference
 
@@ -161,8 +162,17 @@ def test_score_is_the_weighted_sum_of_the_modalities_scores(world):
     assert weights.masked_select(~heard).eq(0).all()
 
 
+WHOLE = {"train_objective": "last"}  # centres of a whole history are trained at its last position
+
+
 @pytest.mark.parametrize(
-    "options", [{"interest_attention": "global"}, {"fusion": "concat"}], ids=str
+    "options",
+    [
+        {"interest_attention": "global", **WHOLE},
+        {"interest_attention": "centres", **WHOLE},
+        {"fusion": "concat"},
+    ],
+    ids=str,
 )
 def test_padding_and_batch_mates_do_not_matter_for_options_either(world, options):
     w = world(**options)
@@ -194,8 +204,10 @@ def test_modality_that_the_history_lacks_gets_no_weight(world):
     [
         {"relation_graph": "mix", "n_graph_layers": 2},
         {"n_graph_layers": 0, "fusion": "sum"},
-        {"interest_attention": "global"},
-        {"interest_attention": "self", "train_objective": "all"},
+        {"interest_attention": "global", **WHOLE},
+        {"interest_attention": "centres", **WHOLE},
+        {"interest_attention": "running", "train_objective": "last"},
+        {"interest_attention": "self"},
         {"fusion": "concat"},
         {"use_id": False, "n_layers": 1},
         {"modalities": "[]"},
@@ -210,16 +222,17 @@ def test_every_parameter_gets_a_gradient_with_every_option(world, options):
 
 
 def test_loss_is_the_cross_entropy_of_the_scores_without_padding(world):
-    w = world(initializer_range=0.3)
+    w = world(initializer_range=0.3, train_objective="last")
     batch = train_batch(w)
     (loss,) = w.model.calculate_loss(batch)
     scores = w.model.full_sort_predict(batch)[:, 1:]
     assert_close(loss, F.cross_entropy(scores, batch["item_id"] - 1))
 
 
-def test_all_positions_have_the_losses_of_their_prefixes(world):
-    options = {"interest_attention": "self", "MAX_ITEM_LIST_LENGTH": 20}
-    prefixes, windows = world(**options), world(**options, train_objective="all")
+@pytest.mark.parametrize("attention", CAUSAL)
+def test_all_positions_have_the_losses_of_their_prefixes(world, attention):
+    options = {"interest_attention": attention, "MAX_ITEM_LIST_LENGTH": 20}
+    prefixes, windows = world(**options, train_objective="last"), world(**options)
     windows.model.load_state_dict(prefixes.model.state_dict())
     with torch.no_grad():
         one_by_one = sum(prefixes.model.calculate_loss(b)[0] * len(b) for b in prefixes.train)

@@ -47,7 +47,7 @@ def test_content_alone_is_enough():
 
 @pytest.mark.slow
 def test_mdsrec_connects_items_through_features_and_graphs():
-    training = {"train_batch_size": 256, "epochs": 20}
+    training = {"train_batch_size": 32}
     with_features = hit3("MDSRec", use_id=False, **training)
     assert with_features > 0.6
     assert with_features > hit3("MDSRec", modalities=[], **training) + 0.2

@@ -6,9 +6,12 @@ import torch
 from torch.testing import assert_close
 
 from recbole_mm.modules.modality_interest import (
+    ATTENTIONS,
+    CAUSAL,
     History,
     InterestCentres,
     InterestFusion,
+    InterestLayer,
     ItemRelations,
     ModalityInterest,
 )
@@ -164,8 +167,7 @@ def loop(module, attention, table, present):
     users = []
     for row in SEQUENCES:
         if attention != "self":
-            shared = attention == "global"
-            user = reference.interest(state, row, table, present, n_layers, shared, H)
+            user = reference.interest(state, row, table, present, n_layers, attention, H)
         else:
             own = {k.removeprefix("encoder."): v for k, v in state.items()}
             rows = reference.inputs(state, row, table, present, 1e-12)
@@ -176,7 +178,7 @@ def loop(module, attention, table, present):
     return torch.stack(users)
 
 
-@pytest.mark.parametrize("attention", ["centres", "global", "self"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("n_layers", [1, 2])
 @pytest.mark.parametrize("present", [None, PRESENT], ids=["all", "some"])
 def test_interest_equals_loop_reference_in_value_and_gradient(attention, n_layers, present):
@@ -189,7 +191,7 @@ def test_interest_equals_loop_reference_in_value_and_gradient(attention, n_layer
     assert_close(gradients(inputs, ours), gradients(inputs, theirs))
 
 
-@pytest.mark.parametrize("attention", ["centres", "global", "self"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_padding_and_batch_mates_do_not_matter(attention):
     module, table = interest(attention), vectors()
     together = module(History(*padded(SEQUENCES), PRESENT), table)
@@ -199,7 +201,7 @@ def test_padding_and_batch_mates_do_not_matter(attention):
     assert_close(module(History(*padded(SEQUENCES, L, padding=2), PRESENT), table), together)
 
 
-@pytest.mark.parametrize("attention", ["centres", "global", "self"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_absent_items_have_no_influence(attention):
     module, table = interest(attention), vectors()
     disturbed = torch.where(PRESENT[:, None], table, torch.nan)
@@ -210,7 +212,7 @@ def test_absent_items_have_no_influence(attention):
     assert_close(module(History(*padded(swapped), PRESENT), table), module(history, table))
 
 
-@pytest.mark.parametrize("attention", ["centres", "global", "self"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_a_batch_of_empty_histories_is_zero_in_value_and_gradient(attention):
     module, table = interest(attention), vectors()
     user = module(History(*padded([[3, 5], [3]]), PRESENT), table)
@@ -222,7 +224,7 @@ def test_a_batch_of_empty_histories_is_zero_in_value_and_gradient(attention):
         assert gradient is None or gradient.eq(0).all()
 
 
-@pytest.mark.parametrize("attention", ["centres", "global", "self"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
 def test_every_parameter_gets_a_gradient(attention):
     module = interest(attention, dropout=0.1)
     (module(History(*padded(SEQUENCES)), vectors()) ** 3).sum().backward()
@@ -230,7 +232,7 @@ def test_every_parameter_gets_a_gradient(attention):
     assert silent == []
 
 
-@pytest.mark.parametrize("attention", ["centres", "global"])
+@pytest.mark.parametrize("attention", ["centres", "global", "running"])
 def test_dropout_falls_in_training_only(attention):
     module, table = interest(attention, dropout=0.5), vectors()
     history = History(*padded(SEQUENCES))
@@ -239,8 +241,10 @@ def test_dropout_falls_in_training_only(attention):
     assert torch.equal(module(history, table), module(history, table))
 
 
-def test_states_of_self_equal_the_last_state_of_every_prefix():
-    module, table = interest("self"), vectors()
+@pytest.mark.parametrize("attention", CAUSAL)
+@pytest.mark.parametrize("n_layers", [1, 2])
+def test_causal_states_equal_the_last_state_of_every_prefix(attention, n_layers):
+    module, table = interest(attention, n_layers), vectors()
     states = module.states(History(*padded(SEQUENCES), PRESENT), table)
     for i, row in enumerate(SEQUENCES):
         for n in range(1, len(row) + 1):
@@ -248,15 +252,54 @@ def test_states_of_self_equal_the_last_state_of_every_prefix():
             assert_close(states[i, n - 1], prefix[0])
 
 
-def test_centres_have_no_state_at_other_positions():
-    with pytest.raises(ValueError, match="use interest_attention: self"):
-        interest("centres").states(History(*padded(SEQUENCES)), vectors())
+@pytest.mark.parametrize("attention", ["centres", "global"])
+def test_centres_of_whole_histories_have_no_state_at_other_positions(attention):
+    with pytest.raises(ValueError, match="use interest_attention: running or self"):
+        interest(attention).states(History(*padded(SEQUENCES)), vectors())
+
+
+def test_dropout_on_running_centres_is_that_on_centres():
+    """Attention weights are dropped in both forms of a layer, with the same expectation."""
+    torch.manual_seed(1)
+    module, table = interest("running", n_layers=1), vectors()
+    history = History(*padded(SEQUENCES))
+    module.layer[0].attn_dropout = 0.5
+    assert not torch.equal(module.states(history, table), module.states(history, table))
+    # before what is not linear: the mean over many draws is the value without dropout
+    layer, x = module.layer[0], torch.randn(1, 5, D, dtype=torch.float64)
+    with torch.no_grad():
+        mean = layer._running(x.expand(20_000, 5, D), torch.full((20_000,), 5)).mean(0)
+        layer.attn_dropout = 0.0
+        assert_close(mean, layer._running(x, torch.tensor([5]))[0], atol=0.03, rtol=0)
+
+
+def test_one_running_layer_has_the_last_state_of_centres():
+    running, whole, table = interest("running", 1), interest("centres", 1), vectors()
+    whole.load_state_dict(running.state_dict())
+    history = History(*padded(SEQUENCES), PRESENT)
+    assert_close(running(history, table), whole(history, table))
+
+
+def test_centres_that_users_share_do_not_run():
+    with pytest.raises(ValueError, match="do not run along"):
+        InterestLayer(
+            K,
+            shared=True,
+            running=True,
+            n_heads=H,
+            hidden_size=D,
+            inner_size=12,
+            hidden_dropout_prob=0,
+            attn_dropout_prob=0,
+            hidden_act="gelu",
+            layer_norm_eps=1e-12,
+        )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention": "center"}, "'center' is unknown; use one of centres, self, global"),
+        ({"attention": "center"}, "'center' is unknown; use one of centres, running, self, global"),
         ({"n_layers": 0}, "n_layers must be at least 1, got 0"),
         ({"k_interests": -1}, "k_interests must be at least 1, got -1"),
         ({"n_heads": 3}, "hidden_size 8 is not a multiple of n_heads 3"),

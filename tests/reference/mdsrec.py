@@ -131,15 +131,16 @@ def shared_centres(rows, centre):
     return [K * share[k] * centre[k] for k in range(K)]
 
 
-def interest_layer(state, rows, shared, n_heads, eps):
+def interest_layer(state, rows, attention, n_heads, eps):
     """All real positions after one layer."""
-    if shared:
-        centres = shared_centres(rows, state["centres.centre"])
-    else:
-        centres = own_centres(rows, state["centres.theta.weight"])
     width = len(rows[0]) // n_heads
     after = []
-    for row in rows:
+    for j, row in enumerate(rows):
+        if attention == "global":
+            centres = shared_centres(rows, state["centres.centre"])
+        else:
+            seen = rows[: j + 1] if attention == "running" else rows
+            centres = own_centres(seen, state["centres.theta.weight"])
         query = linear(state, "query", row)
         heads = []
         for h in range(n_heads):
@@ -174,8 +175,8 @@ def inputs(state, history, vectors, present, eps):
     ]
 
 
-def interest(state, history, vectors, present, n_layers, shared, n_heads, eps=1e-12):
-    """The user in one modality, for ``centres`` and ``global``."""
+def interest(state, history, vectors, present, n_layers, attention, n_heads, eps=1e-12):
+    """The user in one modality, for ``centres``, ``running`` and ``global``."""
     rows = inputs(state, history, vectors, present, eps)
     if not rows:
         return torch.zeros(vectors.shape[1], dtype=vectors.dtype)
@@ -185,7 +186,7 @@ def interest(state, history, vectors, present, n_layers, shared, n_heads, eps=1e
             for name, value in state.items()
             if name.startswith(f"layer.{i}.")
         }
-        rows = interest_layer(own, rows, shared, n_heads, eps)
+        rows = interest_layer(own, rows, attention, n_heads, eps)
     return rows[-1]
 
 
