@@ -20,7 +20,8 @@ def test_an_ablation_is_a_few_known_keys_that_differ_from_the_default(path):
     override = yaml.safe_load(path.read_text())
     full = Config(model, "tiny")
     part = Config(model, "tiny", [path])
-    assert 1 <= len(override) <= 4
+    # a paper's own values are as many as they are
+    assert 1 <= len(override) <= 4 or path.stem == "paper_values"
     assert any(full[key] != part[key] for key in override)
 
 
