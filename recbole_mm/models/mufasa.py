@@ -22,6 +22,7 @@ size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from recbole_mm.explain import Table, by_activity, by_category
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.models.base import MultimodalSequentialRecommender
-from recbole_mm.modules.multimodal_fusion import FusionLosses, MultimodalFusion
+from recbole_mm.modules.multimodal_fusion import FUSION_TERMS, FusionLosses, MultimodalFusion
 from recbole_mm.modules.sparse_alignment import SparseAlignmentEncoder
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
     from recbole_mm.data.sequential_dataset import MultimodalSequentialDataset
     from recbole_mm.explain import Material
 
+_LOG = logging.getLogger(__name__)
+
+DEFAULT_ANCHOR = "text"  # need not be there; another one that is not is a slip
 POSITIONS = ("rotary", "learned")
-FUSION_TERMS = ("semantic", "collaborative", "structure", "distribution")
 
 
 class MUFASA(MultimodalSequentialRecommender):
@@ -87,6 +90,11 @@ class MUFASA(MultimodalSequentialRecommender):
         if names:
             anchor = config["anchor_modality"]
             self.anchor = names.index(anchor) if anchor in names else 0
+            if anchor not in (*names, DEFAULT_ANCHOR):
+                _LOG.warning(
+                    "anchor_modality: %r is none of the modalities %s; %s anchors them",
+                    *(anchor, ", ".join(names), names[0]),
+                )
             self.project = ModalityProjection(self.features, hidden_size, hidden_layers=2)
             self.fusion = MultimodalFusion(
                 hidden_size,
@@ -102,8 +110,7 @@ class MUFASA(MultimodalSequentialRecommender):
                 hidden_size,
                 self.anchor,
                 **weights,
-                semantic_temperature=config["temperature"],
-                collaborative_temperature=config["temperature"],
+                temperature=config["temperature"],
                 structure_temperature=config["structure_temperature"],
                 cross_genre_threshold=config["cross_genre_threshold"],
                 collaborative_target=self.collaborative_target,
@@ -119,12 +126,24 @@ class MUFASA(MultimodalSequentialRecommender):
                 "pre-training; set mfl_pretrain_epochs and a loss weight above 0, or freeze_mfl: "
                 "False"
             )
-        # terms of weight 0 are not computed
-        if self.fusion_losses is not None:
-            self.loss_names = (
-                "next_item",
-                *(t for t in FUSION_TERMS if weights[f"{t}_weight"] > 0),
+        if (
+            config["freeze_mfl"]
+            and weights["collaborative_weight"] > 0
+            and self.collaborative_target == "cooccurrence"
+        ):
+            raise ValueError(
+                "freeze_mfl: True with collaborative_target: cooccurrence: pre-training sees no "
+                "history and nothing would train that loss; use collaborative_target: id, or "
+                "collaborative_weight: 0"
             )
+        # beside the next item; terms of weight 0 are not computed, nor what trains nothing more
+        self.joint_terms = tuple(
+            term
+            for term in FUSION_TERMS
+            if names and weights[f"{term}_weight"] > 0
+            if not config["freeze_mfl"] or (term == "collaborative" and self.aligns_ids)
+        )
+        self.loss_names = ("next_item", *self.joint_terms)
 
         if config["position"] not in POSITIONS:
             raise ValueError(
@@ -268,7 +287,7 @@ class MUFASA(MultimodalSequentialRecommender):
         step = self.step_items(interaction)
         fused = self._fused(step.items)
         next_item = self.next_item_loss(interaction, self._vectors(step.items, fused), step)
-        if self.fusion_losses is None or fused is None:
+        if self.fusion_losses is None or fused is None or not self.joint_terms:
             return (next_item,)
         chosen = self._distinct_items(interaction)  # (U,)
         neighbours = (
@@ -279,7 +298,9 @@ class MUFASA(MultimodalSequentialRecommender):
         z, h, present = (part[step.place[chosen]] for part in fused)
         return (
             next_item,
-            *self._terms(self.fusion_losses, chosen, z, h, present, neighbours).values(),
+            *self._terms(
+                self.fusion_losses, chosen, z, h, present, neighbours, self.joint_terms
+            ).values(),
         )
 
     def fusion_terms(self, items: Tensor) -> dict[str, Tensor]:
@@ -289,7 +310,7 @@ class MUFASA(MultimodalSequentialRecommender):
             raise ValueError("there are no fusion losses: no modality, or every weight is 0")
         # no history is at hand: with co-occurrence as target, no item has a positive
         nobody = torch.zeros(len(items), len(items), dtype=torch.bool, device=items.device)
-        return self._terms(self.fusion_losses, items, *fused, nobody)
+        return self._terms(self.fusion_losses, items, *fused, nobody, FUSION_TERMS)
 
     def catalogue_batches(self) -> list[Tensor]:
         """All real items in random batches of ``mfl_batch_items``."""
@@ -312,6 +333,7 @@ class MUFASA(MultimodalSequentialRecommender):
         h: Tensor,
         present: Tensor,
         neighbours: Tensor | None,
+        names: tuple[str, ...],
     ) -> dict[str, Tensor]:
         anchor = self.project.features[self.features.names[self.anchor]]
         terms: dict[str, Tensor] = losses(
@@ -322,6 +344,7 @@ class MUFASA(MultimodalSequentialRecommender):
             ids=self.item_embedding.weight[items] if self.aligns_ids else None,
             categories=None if self.genres is None else self.genres[items],
             neighbours=neighbours,
+            terms=names,
         )
         return terms
 
@@ -336,12 +359,17 @@ class MUFASA(MultimodalSequentialRecommender):
         return items
 
     def _neighbours(self, interaction: Interaction, items: Tensor) -> Tensor:
-        """Whether two of ``items`` follow each other in a history of the batch, ``(U, U)``."""
+        """Whether two of ``items`` follow each other in a row of the batch, ``(U, U)``.
+
+        A row is a history and, behind it, its target.
+        """
         item_seq, length = self.histories(interaction)
+        rows = F.pad(item_seq, (0, 1))
+        rows = rows.scatter(1, length[:, None], interaction[self.POS_ITEM_ID][:, None])
         place = torch.full((self.n_items,), -1, dtype=torch.long, device=items.device)
         place[items] = torch.arange(len(items), device=items.device)
-        real = torch.arange(1, item_seq.size(1), device=items.device) < length[:, None]
-        first, second = place[item_seq[:, :-1][real]], place[item_seq[:, 1:][real]]
+        real = torch.arange(item_seq.size(1), device=items.device) < length[:, None]
+        first, second = place[rows[:, :-1][real]], place[rows[:, 1:][real]]
         both = (first >= 0) & (second >= 0)
         mask = torch.zeros(len(items), len(items), dtype=torch.bool, device=items.device)
         mask[first[both], second[both]] = True

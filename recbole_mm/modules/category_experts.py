@@ -50,7 +50,7 @@ class CategoryGuidance(nn.Module):
     the mean of :math:`\operatorname{BCE}(\hat y^m_c, y_c)`, whatever ``reduction`` and ``pool``.
 
     Source: CAMMSR, Eq. (8)-(11) [paper], the pool ``max`` too; ``sign`` -1, ``reduction`` mean
-    [ours]; the loss [inferred: HM4SR].
+    [ours]; the loss [ours: HM4SR has one].
 
     Args:
         n_modalities: Number of modalities ``M``.
@@ -106,7 +106,9 @@ class CategoryGuidance(nn.Module):
         error = F.binary_cross_entropy_with_logits(logits_MTC, target, reduction="none").sum(-1).T
         loss = masked_mean(error.flatten(), (present & known).flatten(), dim=0) / labels.shape[-1]
         if self.pool == "max":
-            # against label c alone it is sum_c' softplus(logit_c') - logit_c
+            # against label c alone it is sum_c' softplus(logit_c') - logit_c; in the type of the
+            # error above, since a sum over hundreds of categories has steps of 2 in bfloat16
+            logits_MTC = logits_MTC.to(error.dtype)
             lowest = logits_MTC.masked_fill(~labels, torch.inf).amin(-1)
             error = (F.softplus(logits_MTC).sum(-1) - lowest).T
         if self.reduction == "mean":

@@ -11,6 +11,8 @@ D hidden size, H heads, C categories. ``present`` says which modality an item ha
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,8 @@ from recbole_mm.losses.contrastive import (
     multi_positive_info_nce,
 )
 from recbole_mm.ops.masking import masked_mean, masked_softmax
+
+FUSION_TERMS = ("semantic", "collaborative", "structure", "distribution")
 
 
 class MultimodalFusion(nn.Module):
@@ -173,8 +177,7 @@ class FusionLosses(nn.Module):
         collaborative_weight: Weight of ``collaborative``.
         structure_weight: Weight of ``structure``.
         distribution_weight: Weight of ``distribution``.
-        semantic_temperature: Temperature of ``semantic``. [ours]
-        collaborative_temperature: Temperature of ``collaborative``. [ours]
+        temperature: Of ``semantic`` and ``collaborative``. [ours]
         structure_temperature: Temperature :math:`\tau_s` of ``structure``. [ours]
         cross_genre_threshold: Cosine of titles above which another genre's item is a positive;
             1 or more: none is. [ours]
@@ -194,8 +197,7 @@ class FusionLosses(nn.Module):
         collaborative_weight: float,
         structure_weight: float,
         distribution_weight: float,
-        semantic_temperature: float = 0.1,
-        collaborative_temperature: float = 0.1,
+        temperature: float = 0.1,
         structure_temperature: float = 0.1,
         cross_genre_threshold: float = 0.8,
         collaborative_target: str = "id",
@@ -211,14 +213,11 @@ class FusionLosses(nn.Module):
         for term, weight in self.weights.items():
             if not weight >= 0:
                 raise ValueError(f"{term}_weight must be at least 0, got {weight}")
-        self.temperatures = {
-            "semantic": semantic_temperature,
-            "collaborative": collaborative_temperature,
-            "structure": structure_temperature,
-        }
-        for term, temperature in self.temperatures.items():
-            if not temperature > 0:
-                raise ValueError(f"{term}_temperature must be positive, got {temperature}")
+        self.temperature = temperature
+        self.structure_temperature = structure_temperature
+        for name in ("temperature", "structure_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if collaborative_target not in ("id", "cooccurrence"):
             raise ValueError(
                 f"collaborative_target: {collaborative_target!r} is unknown; use id or cooccurrence"
@@ -246,6 +245,7 @@ class FusionLosses(nn.Module):
         ids: Tensor | None = None,
         categories: Tensor | None = None,
         neighbours: Tensor | None = None,
+        terms: Collection[str] = FUSION_TERMS,
     ) -> dict[str, Tensor]:
         """Weighted losses of ``U`` distinct items.
 
@@ -259,10 +259,11 @@ class FusionLosses(nn.Module):
             categories: ``(U, C)`` bool, or ``None``: no item is told from another by genre.
             neighbours: ``(U, U)`` bool, whether item j is a neighbour of item i in a history,
                 for the collaborative target ``cooccurrence``; the diagonal does not matter.
+            terms: Names of those to compute.
 
         Returns:
             Scalars by name, in the order semantic, collaborative, structure, distribution;
-            terms of weight 0 are left out.
+            terms of weight 0, and those that are not asked for, are left out.
 
         Raises:
             ValueError: If the collaborative target is not given.
@@ -272,19 +273,20 @@ class FusionLosses(nn.Module):
         z = z.masked_fill(~some[:, None], 0.0)
         h = h.masked_fill(~present[..., None], 0.0)
         titles = None
-        compares_genres = self.weights["semantic"] > 0 and categories is not None
-        if self.weights["structure"] > 0 or compares_genres:
+        wanted = {term for term in terms if self.weights[term] > 0}
+        compares_genres = "semantic" in wanted and categories is not None
+        if "structure" in wanted or compares_genres:
             features = anchor_features.detach()  # of no influence where there is no title
             titles = cosine_similarity(features, features)  # (U, U), once: F is wide
 
         losses = {}
-        if self.weights["semantic"] > 0:
+        if "semantic" in wanted:
             losses["semantic"] = self._semantic(z, h[:, self.anchor], titled, titles, categories)
-        if self.weights["collaborative"] > 0:
+        if "collaborative" in wanted:
             losses["collaborative"] = self._collaborative(z, some, ids, neighbours)
-        if self.weights["structure"] > 0 and titles is not None:
+        if "structure" in wanted and titles is not None:
             losses["structure"] = self._structure(z, h, present, titles)
-        if self.weights["distribution"] > 0:
+        if "distribution" in wanted:
             regularise = uniformity if self.distribution == "uniformity" else gaussian_moments
             losses["distribution"] = regularise(z, present=some)
         return {term: self.weights[term] * loss for term, loss in losses.items()}
@@ -308,7 +310,7 @@ class FusionLosses(nn.Module):
             z,
             self.semantic_head(h_a),
             positive,
-            temperature=self.temperatures["semantic"],
+            temperature=self.temperature,
             ignore_mask=ignored,
             symmetric=True,
         )
@@ -316,12 +318,11 @@ class FusionLosses(nn.Module):
     def _collaborative(
         self, z: Tensor, some: Tensor, ids: Tensor | None, neighbours: Tensor | None
     ) -> Tensor:
-        temperature = self.temperatures["collaborative"]
         projected = self.collaborative_head(z)  # P_c(z)
         if self.collaborative_target == "id":
             if ids is None:
                 raise ValueError("collaborative_target id needs ids: pass the id embeddings")
-            return in_batch_info_nce(projected, ids, temperature=temperature, present=some)
+            return in_batch_info_nce(projected, ids, temperature=self.temperature, present=some)
         if neighbours is None:
             raise ValueError("collaborative_target cooccurrence needs neighbours: pass the mask")
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
@@ -329,7 +330,7 @@ class FusionLosses(nn.Module):
             projected,
             projected,
             neighbours,
-            temperature=temperature,
+            temperature=self.temperature,
             ignore_mask=itself | ~_pairs(some),
         )
 
@@ -340,7 +341,7 @@ class FusionLosses(nn.Module):
         # one by one: a (U, U) matrix at a time stays in the cache, measured up to 2 x faster
         divergences = [
             similarity_structure(
-                titles, x, temperature=self.temperatures["structure"], present=compared
+                titles, x, temperature=self.structure_temperature, present=compared
             )
             for x, compared in vectors
         ]

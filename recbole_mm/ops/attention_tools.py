@@ -1,7 +1,8 @@
 """What the branches of sparse attention share: tiles, softmax in base 2, dropout, best blocks.
 
 Every branch goes through its scores tile by tile and keeps, for the backward pass, only the
-log2-sum-exp of each query; the weights are computed again there. Memory is that of one tile.
+log2-sum-exp of each query; the weights are computed again there. Memory is that of one tile, and
+with dropout one byte for each weight that is seen: what was kept.
 
 Queries reach the branches multiplied by ``log2(e) / sqrt(d)``, so that softmax is powers of 2:
 ``exp2`` costs a third of ``exp`` on a CPU. A gradient with respect to such scores carries ``ln 2``.

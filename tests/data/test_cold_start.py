@@ -33,9 +33,21 @@ def test_percentages_are_between_0_and_100(percent):
         cold(percent)
 
 
-def test_positions_are_no_times():
+@pytest.mark.parametrize(
+    "times", [[1, 2, 3, 1, 2, 3], [0, 1, 2, 0, 1, 2], [1, 2, 4, 1, 3, 4], [2, 3, 4, 1, 2, 3]]
+)
+def test_positions_are_no_times_whatever_a_filter_left_of_them(times):
     with pytest.raises(InputError, match="positions in each user's history"):
-        newest_items(USERS, ITEMS, np.array([1.0, 2, 3, 1, 2, 3]), TOKENS, 20)
+        newest_items(USERS, ITEMS, np.array(times, dtype=float), TOKENS, 20)
+
+
+@pytest.mark.parametrize(
+    "times",
+    [[1, 2, 3, 1, 2.5, 3], [1, 1, 2, 1, 2, 3], [1, 2, 3, 1, 2, 400], [5, 6, 7, 8, 9, 10]],
+    ids=["fractions", "ties", "years", "late beginnings"],
+)
+def test_small_numbers_may_be_times(times):
+    assert newest_items(USERS, ITEMS, np.array(times, dtype=float), TOKENS, 20).sum() == 1
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """MUFASA as a whole; its parts are tested in tests/modules and tests/ops."""
 
+import itertools
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -67,6 +69,62 @@ def test_a_category_of_nearly_all_items_is_no_genre():
 def test_a_fusion_layer_that_was_never_trained_is_not_frozen(build, values):
     with pytest.raises(ValueError, match="there is no pre-training; set mfl_pretrain_epochs"):
         build("MUFASA", freeze_mfl=True, **values)
+
+
+def test_frozen_fusion_is_not_paired_with_neighbours_that_pre_training_lacks(build):
+    with pytest.raises(ValueError, match="use collaborative_target: id"):
+        build("MUFASA", freeze_mfl=True, collaborative_target="cooccurrence")
+
+
+@pytest.mark.parametrize(
+    ("values", "left"),
+    [({}, ("collaborative",)), ({"collaborative_weight": 0.0}, ())],
+    ids=["ids are aligned", "nothing to train"],
+)
+def test_a_frozen_fusion_computes_only_losses_that_train_something(build, values, left):
+    model = (world := build("MUFASA", freeze_mfl=True, **values)).model
+    for parameter in model.fusion_parameters():
+        parameter.requires_grad_(False)  # as the trainer does after pre-training
+    losses = model.calculate_loss(batch_of(world))
+    assert model.loss_names == ("next_item", *left)
+    assert len(losses) == 1 + len(left)
+    for loss in losses:
+        loss.backward(retain_graph=True)
+    assert all(p.grad is None for p in model.fusion_parameters())
+    if left:
+        model.zero_grad()
+        losses[1].backward()
+        assert model.item_embedding.weight.grad.any()
+
+
+@pytest.mark.parametrize("objective", ["all", "last"])
+def test_neighbours_are_those_who_follow_each_other_the_target_among_them(build, objective):
+    world = build("MUFASA", collaborative_target="cooccurrence", train_objective=objective)
+    batch = batch_of(world)
+    items = torch.unique(torch.cat([batch["item_id_list"].flatten(), batch["item_id"]]))[1:]
+    expected = torch.zeros(len(items), len(items), dtype=torch.bool)
+    place = {int(item): i for i, item in enumerate(items)}
+    for history, length, target in zip(
+        batch["item_id_list"].tolist(),
+        batch["item_length"].tolist(),
+        batch["item_id"].tolist(),
+        strict=True,
+    ):
+        row = [*history[:length], target]
+        for one, other in itertools.pairwise(row):
+            expected[place[one], place[other]] = expected[place[other], place[one]] = True
+    assert torch.equal(world.model._neighbours(batch, items), expected)
+
+
+def test_an_anchor_that_is_no_modality_is_told(build, caplog):
+    model = build("MUFASA", anchor_modality="txet").model
+    assert "anchor_modality: 'txet' is none of the modalities text, image; text anchors" in (
+        caplog.text
+    )
+    assert model.anchor == 0
+    caplog.clear()
+    build("MUFASA", modalities="[image]")  # without the default anchor: no slip of anyone's
+    assert "anchor_modality" not in caplog.text
 
 
 def test_small_models_of_the_tests_take_the_sparse_form(build, forms):

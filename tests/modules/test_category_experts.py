@@ -50,6 +50,21 @@ def stack(rows):
 # ------------------------------------------------------------------ category guidance
 
 
+@pytest.mark.parametrize("pool", ["multihot", "max"])
+def test_hundreds_of_categories_keep_their_errors_apart_in_bfloat16(pool):
+    """Sums of some 400 have steps of 2 there, and a softmax makes the most of them."""
+    torch.manual_seed(2)
+    n_categories = 551
+    guide = CategoryGuidance(M, 64, n_categories, pool=pool)
+    e, labels = torch.randn(50, M, 64), torch.rand(50, n_categories) < 0.01
+    present = torch.ones(50, M, dtype=torch.bool)
+    with torch.no_grad():
+        exact = guide(e, present, labels).weights
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded = guide(e, present, labels).weights
+    assert_close(rounded, exact, atol=0.02, rtol=0)
+
+
 @every_guidance
 def test_weights_and_loss_equal_loops_in_value_and_gradient(sign, reduction, pool):
     guide, e = double(CategoryGuidance(M, D, C, sign, reduction, pool)), vectors(T, M, D)

@@ -190,7 +190,7 @@ def test_term_of_weight_zero_is_left_out_with_its_head(term):
 
 
 def test_semantic_equals_loop_reference():
-    given, layer = batch(), only("semantic", semantic_temperature=0.2, cross_genre_threshold=0.6)
+    given, layer = batch(), only("semantic", temperature=0.2, cross_genre_threshold=0.6)
     ours = layer(**given)["semantic"]
     head = dict(layer.named_parameters())
     theirs = reference.semantic(
@@ -228,7 +228,7 @@ def test_semantic_without_categories_has_one_positive_and_every_negative():
 )
 def test_role_of_a_pair_follows_from_genre_and_title(threshold, genres, expected):
     # z_0, z_1 at right angles, P = identity on h = z: cosine 1 with itself, 0 with the other
-    layer = only("semantic", semantic_temperature=1.0, cross_genre_threshold=threshold)
+    layer = only("semantic", temperature=1.0, cross_genre_threshold=threshold)
     with torch.no_grad():
         layer.semantic_head.weight.copy_(torch.eye(D))
         layer.semantic_head.bias.zero_()
@@ -249,7 +249,7 @@ def test_role_of_a_pair_follows_from_genre_and_title(threshold, genres, expected
 
 
 def test_collaborative_with_ids_equals_loop_reference():
-    given, layer = batch(), only("collaborative", collaborative_temperature=0.3)
+    given, layer = batch(), only("collaborative", temperature=0.3)
     head = dict(layer.named_parameters())
     theirs = reference.collaborative_id(head, given["z"], PRESENT, given["ids"], 0.3)
     inputs = [given["z"], given["ids"], *head.values()]
@@ -258,9 +258,7 @@ def test_collaborative_with_ids_equals_loop_reference():
 
 def test_collaborative_with_cooccurrence_equals_loop_reference():
     given = batch()
-    layer = only(
-        "collaborative", collaborative_target="cooccurrence", collaborative_temperature=0.3
-    )
+    layer = only("collaborative", collaborative_target="cooccurrence", temperature=0.3)
     head = dict(layer.named_parameters())
     theirs = reference.collaborative_cooccurrence(
         head, given["z"], PRESENT, given["neighbours"], 0.3
