@@ -16,7 +16,8 @@ compare() { # a name, then models and the rest
     local name=$1 models=$2
     shift 2
     recbole-mm compare --data_path="$data" --out="$out/$name" --jobs="${JOBS:-2}" \
-        --seeds="${SEEDS:-3}" --models="$models" --MAX_ITEM_LIST_LENGTH=50 "$@"
+        --seeds="${SEEDS:-3}" --models="$models" --MAX_ITEM_LIST_LENGTH=50 \
+        --show=NDCG@10,NDCG@5,MRR@10,MRR@5,Hit@10,Hit@5 "$@"
 }
 long=(--epochs=60 --stopping_step=6)
 

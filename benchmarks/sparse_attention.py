@@ -218,7 +218,7 @@ def ops(length: int, inputs: dict[str, Tensor], dropout: float) -> dict[str, Cal
     }
     if dropout == 0.0 or length <= QUADRATIC_UP_TO:
         contestants["SDPA"] = lambda: sdpa(inputs, dropout)
-    if dropout > 0.0 and length <= QUADRATIC_UP_TO:
+    if length <= QUADRATIC_UP_TO:
         contestants["RecBole"] = lambda: recbole(inputs, dropout)
     return contestants
 
@@ -450,7 +450,7 @@ def main() -> None:
         "Op, forward + backward, no dropout",
         args,
         lambda n: measured_ops(n, args, 0.0, True),
-        ["SDPA"],
+        ["SDPA", "RecBole"],
     )
     report(
         "Op, forward + backward, dropout .5",
@@ -462,7 +462,7 @@ def main() -> None:
         "Op, forward, no dropout (flex: the window alone)",
         args,
         lambda n: measured_ops(n, args, 0.0, False),
-        ["SDPA", *with_flex],
+        ["SDPA", "RecBole", *with_flex],
     )
     for dropout in (0.0, 0.5):
         report(
