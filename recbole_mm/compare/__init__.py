@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from recbole_mm.compare import missing
-from recbole_mm.compare.cells import Outcome, execute
+from recbole_mm.compare.cells import Outcome, alone_in, execute
 from recbole_mm.compare.plan import Cell, plan
 from recbole_mm.compare.report import render
 from recbole_mm.compare.tables import Table, protocol_of, shown, tabulate
@@ -97,20 +97,21 @@ def compare(
         shown(values["metrics"], values["topk"], values["valid_metric"], show)
     missing.check(missing_modality or {}, cells)
     folder = Path(out).resolve()
-    with _Progress(cells) as progress:
-        outcomes = execute(
-            cells,
-            folder,
-            jobs=jobs,
-            threads=threads,
-            missing_modality=missing_modality or {},
-            notify=progress.note,
-            tick=progress.show_running,
-        )
-    tables, errors = tabulate(outcomes, show, missing_modality)
-    write_all(tables, outcomes, folder)
-    if tables:
-        write_page(render(tables), folder)  # last: a chart cannot lose the tables
+    with alone_in(folder):
+        with _Progress(cells) as progress:
+            outcomes = execute(
+                cells,
+                folder,
+                jobs=jobs,
+                threads=threads,
+                missing_modality=missing_modality or {},
+                notify=progress.note,
+                tick=progress.show_running,
+            )
+        tables, errors = tabulate(outcomes, show, missing_modality)
+        write_all(tables, outcomes, folder)
+        if tables:
+            write_page(render(tables), folder)  # last: a chart cannot lose the tables
     if errors:
         raise IncompleteTables("; ".join(map(str, errors)), tables)
     return tables

@@ -79,6 +79,31 @@ class Outcome:
         return self.folder / str(self.record["run"])
 
 
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keep other compares out of the folder; the system frees it when the process ends.
+
+    Raises:
+        EnvironmentFault: If another compare is at work there, or it cannot be written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(out / ".lock")
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise EnvironmentFault(
+            f"{out}: another compare is at work there; wait for it or choose another --out"
+        ) from None
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{out}: cannot be written ({error.strerror}); choose another --out"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def execute(
     cells: Sequence[Cell],
     out: Path,
@@ -93,7 +118,7 @@ def execute(
 
     Args:
         cells: The plan.
-        out: Output folder; cells live in its subfolder ``cells``.
+        out: Output folder, held by :func:`alone_in`; cells live in its subfolder ``cells``.
         jobs: Processes at a time. The memory of a cell ends with its process.
         threads: Torch and BLAS threads of each process.
         missing_modality: What else to measure of each cell, see :mod:`recbole_mm.compare.missing`.
@@ -102,24 +127,20 @@ def execute(
 
     Returns:
         One outcome for each cell, in the order of the plan.
-
-    Raises:
-        EnvironmentFault: If another compare works in ``out``, or it cannot be written.
     """
     outcomes: dict[Cell, Outcome] = {}
     waiting: list[Cell] = []
-    with _alone_in(out):
-        for cell in cells:
-            found = read_outcome(cell, out)
-            if found is not None and found.has(missing_modality):
-                outcomes[cell] = found
-                notify(found)
-            else:
-                waiting.append(cell)
-        options = (out, threads, missing_modality)
-        for outcome in _run_all(waiting, options, jobs=jobs, tick=tick):
-            outcomes[outcome.cell] = outcome
-            notify(outcome)
+    for cell in cells:
+        found = read_outcome(cell, out)
+        if found is not None and found.has(missing_modality):
+            outcomes[cell] = found
+            notify(found)
+        else:
+            waiting.append(cell)
+    options = (out, threads, missing_modality)
+    for outcome in _run_all(waiting, options, jobs=jobs, tick=tick):
+        outcomes[outcome.cell] = outcome
+        notify(outcome)
     return [outcomes[cell] for cell in cells]
 
 
@@ -182,27 +203,6 @@ def _context() -> Any:
     if "forkserver" in methods:
         context.set_forkserver_preload(["recbole_mm.compare.users", "recbole_mm.compare.cells"])
     return context
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Hold the lock of the output folder; the system frees it when the process ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise EnvironmentFault(
-            f"{out}: another compare is at work there; wait for it or choose another --out"
-        ) from None
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{out}: cannot be written ({error.strerror}); choose another --out"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # ------------------------------------------------------------------------ in the process of a cell

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from recbole_mm import compare as module
 from recbole_mm.cli import main
 from recbole_mm.compare import IncompleteTables, cells, compare
 from recbole_mm.compare.plan import plan
@@ -121,6 +122,21 @@ def test_two_compares_do_not_share_a_folder(done, tmp_path):
         with pytest.raises(EnvironmentFault, match="another compare is at work"):
             compare(["Pop"], ["tiny"], out=out)
         other.kill()
+
+
+def test_the_folder_is_held_until_the_last_table_is_written(tmp_path, monkeypatch):
+    write, begun = module.write_page, []
+
+    def write_while_another_begins(page, out):
+        monkeypatch.setattr(module, "write_page", write)
+        with pytest.raises(EnvironmentFault, match="another compare is at work"):
+            compare(["Pop"], ["tiny"], out=out)
+        begun.append(out)
+        write(page, out)
+
+    monkeypatch.setattr(module, "write_page", write_while_another_begins)
+    compare(["Pop"], ["tiny"], out=tmp_path)
+    assert begun == [tmp_path]
 
 
 def test_runs_of_other_items_or_splits_do_not_share_a_table(done):
