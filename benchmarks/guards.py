@@ -331,7 +331,7 @@ GUARDS = [
     ),
     # ------------------------------------------------------------------ persistence
     Guard(
-        *(38, "checkpoint.py", 'path.with_name(path.name + ".tmp")', "path"),
+        *(38, "files.py", 'else f"{path.name}.tmp"', "else path.name"),
         (T_CHECKPOINT + "whatever_the_moment_of_a_crash_one_whole_state_is_read",),
     ),
     Guard(
@@ -357,19 +357,19 @@ GUARDS = [
         (T_RESUME + "early_stopping_remembers",),
     ),
     Guard(
-        *(39, "checkpoint.py", "            _sync(temporary)\n", ""),
+        *(39, "files.py", "        _sync(temporary)\n", ""),
         (T_CHECKPOINT + "a_full_disk_leaves_the_earlier_checkpoint_and_no_remains",),
     ),
     Guard(
-        *(39, "checkpoint.py", "            temporary.unlink(missing_ok=True)\n", ""),
+        *(39, "files.py", "        temporary.unlink(missing_ok=True)\n", ""),
         (T_CHECKPOINT + "a_full_disk_leaves_the_earlier_checkpoint_and_no_remains",),
     ),
     Guard(
         *(
             39,
-            "checkpoint.py",
-            "except (OSError, SafetensorError) as error:",
-            "except SafetensorError as error:",
+            "files.py",
+            "except OSError as error:",
+            "except BlockingIOError as error:",
         ),
         (T_CHECKPOINT + "a_full_disk_leaves_the_earlier_checkpoint_and_no_remains",),
     ),

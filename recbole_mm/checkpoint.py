@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.errors import InputError
+from recbole_mm.files import replacing, writing
 
 _KEY = "recbole_mm"
 FORMAT = 2
@@ -30,6 +29,8 @@ FORMAT = 2
 
 2: the item graphs of a run are kept before they are normalised.
 """
+MEND = "free space or point checkpoint_dir at a folder that can be written"
+"""What to do where the files of a run cannot be written."""
 
 
 class Checkpoint(NamedTuple):
@@ -56,8 +57,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
     """
     # a copy of each: safetensors refuses tensors that share memory, as tied weights do
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(held, temporary, metadata={_KEY: json.dumps(about), "format": str(FORMAT)})
+    metadata = {_KEY: json.dumps(about), "format": str(FORMAT)}
+    with writing(path, MEND), replacing(path) as temporary:
+        try:
+            save_file(held, temporary, metadata=metadata)
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
 
 
 def read(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
@@ -106,46 +111,6 @@ def load_weights(model: nn.Module, saved: Mapping[str, Tensor], where: Path) -> 
             f"{where}: its weights are those of another model: {', '.join(differing[:3])}{more}"
         )
     model.load_state_dict(saved)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` that takes its place, synced, if the block succeeds.
-
-    Raises:
-        EnvironmentFault: If the disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
-        try:
-            yield temporary
-            _sync(temporary)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _sync(path.parent)  # the rename itself
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what the disk says against writing ``path`` into an :class:`EnvironmentFault`."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise EnvironmentFault(
-            f"{path}: cannot be written ({reason}); "
-            "free space or point checkpoint_dir at a folder that can be written"
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def fingerprint(tokens: Iterable[object]) -> str:

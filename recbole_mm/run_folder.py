@@ -42,9 +42,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recbole_mm import __version__, distributed
-from recbole_mm.checkpoint import Checkpoint, fingerprint, read, replacing, write, writing
+from recbole_mm.checkpoint import MEND, Checkpoint, fingerprint, read, write
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.files import replacing, writing
 
 MODEL = "model.safetensors"
 STATE = "last.safetensors"
@@ -64,7 +65,7 @@ class RunFolder:
     def __init__(self, checkpoint_dir: str | Path, dataset: str, model: str) -> None:
         parent = Path(checkpoint_dir).resolve() / dataset / model
         stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-        with writing(parent):
+        with writing(parent, MEND):
             parent.mkdir(parents=True, exist_ok=True)
             for attempt in range(1, 10_000):
                 # two runs may start in the same second
@@ -96,7 +97,8 @@ class RunFolder:
 
     def append_line(self, name: str, content: Mapping[str, Any]) -> None:
         """Append one JSON line."""
-        with writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
+        path = self.path / name
+        with writing(path, MEND), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(content) + "\n")
 
     def read_config(self) -> dict[str, Any]:
@@ -140,7 +142,8 @@ class RunFolder:
         return read(self.path / STATE)
 
     def _write(self, name: str, content: bytes) -> None:
-        with replacing(self.path / name) as temporary:
+        path = self.path / name
+        with writing(path, MEND), replacing(path) as temporary:
             temporary.write_bytes(content)
 
     @contextmanager

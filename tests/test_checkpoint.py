@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from recbole_mm import checkpoint
+from recbole_mm import checkpoint, files
 from recbole_mm.checkpoint import (
     FORMAT,
     LooseState,
@@ -55,7 +55,7 @@ def test_whatever_the_moment_of_a_crash_one_whole_state_is_read(where, tmp_path,
             args[1].write_bytes(b"half a file")
         raise Stop
 
-    owner = type(path) if where == "replace" else checkpoint
+    owner = {"save_file": checkpoint, "_sync": files, "replace": type(path)}[where]
     monkeypatch.setattr(owner, where, crash)
     # what a killed process leaves: nothing tidies up
     monkeypatch.setattr(type(path), "unlink", lambda *_, **__: None)

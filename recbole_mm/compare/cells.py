@@ -36,6 +36,7 @@ from recbole_mm import __version__
 from recbole_mm.compare import missing
 from recbole_mm.compare.plan import Cell
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
+from recbole_mm.files import write_text
 from recbole_mm.run_folder import STATE, code_digest
 
 RECORD = "cell.json"
@@ -256,7 +257,7 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
     if not counts.is_file():
         frame = counts_of(cell.row.model, cell.dataset, cell.values)
         counts.parent.mkdir(exist_ok=True)
-        write_text(counts, frame.to_csv(index=False))
+        write_text(counts, frame.to_csv(index=False), shared=True)  # cells of other models too
     return {
         "label": cell.row.label,
         "model": cell.row.model,
@@ -352,16 +353,6 @@ def _gpu_memory_mb() -> float | None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _limit_threads(threads: int) -> None:

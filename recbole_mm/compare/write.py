@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from recbole_mm.compare import significance
-from recbole_mm.compare.cells import Outcome, write_text
+from recbole_mm.compare.cells import Outcome
 from recbole_mm.compare.tables import RowResult, Table, caption, mark
 from recbole_mm.compare.users import lists_frame
-from recbole_mm.errors import EnvironmentFault
 from recbole_mm.evaluation import PerUser
+from recbole_mm.files import replacing, write_text, writing
 
 _MARKDOWN = {"*": "\\*", "-": "▽", "+": "†"}
 _LATEX = {"*": "$^{*}$", "-": "$^{\\triangledown}$", "+": "$^{\\dagger}$"}
@@ -30,6 +28,7 @@ _TEX_SPECIAL = str.maketrans(
     | {"±": r"$\pm$", "<": "$<$", ">": "$>$"}
 )
 
+_MEND = "free space or choose another --out, and start the same command again"
 _OF_TABLES = (
     *("table.md", "table.tex", "table.csv", "significance.csv", "cost.csv", "cost.md"),
     *("missing.csv", "users.parquet", "topk.parquet", "report.html"),
@@ -47,7 +46,7 @@ def write_all(tables: Sequence[Table], outcomes: Sequence[Outcome], out: Path) -
     Raises:
         EnvironmentFault: If the folder cannot be written.
     """
-    with _writing(out):
+    with writing(out, _MEND):
         write_text(out / "cells.csv", _frame_of_cells(outcomes, out).to_csv(index=False))
         if not tables:
             for name in _OF_TABLES:  # of another call
@@ -74,19 +73,8 @@ def write_page(page: str, out: Path) -> None:
     Raises:
         EnvironmentFault: If the folder cannot be written.
     """
-    with _writing(out):
+    with writing(out, _MEND):
         write_text(out / "report.html", page)
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{out}: cannot be written ({error.strerror or error}); free space or choose another "
-            "--out, and start the same command again"
-        ) from error
 
 
 # ------------------------------------------------------------------------------ values
@@ -395,16 +383,6 @@ class _Parquet:
                 f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in part.schema
             ]
             schema = pa.schema(texts, part.schema.metadata)
-            temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
-            self._stack.push(partial(_replace_if_well, temporary, self._path))
+            temporary = self._stack.enter_context(replacing(self._path))
             self._writer = self._stack.enter_context(pq.ParquetWriter(temporary, schema))
         self._writer.write_table(part.cast(self._writer.schema))
-
-
-def _replace_if_well(
-    temporary: Path, path: Path, error: type[BaseException] | None, *_: object
-) -> None:
-    if error is None:
-        temporary.replace(path)
-    else:
-        temporary.unlink(missing_ok=True)

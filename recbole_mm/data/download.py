@@ -26,9 +26,9 @@ import recbole
 import yaml
 from filelock import FileLock
 
-from recbole_mm.checkpoint import replacing
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import EnvironmentFault, InputError, nearest
+from recbole_mm.files import write_text
 
 _LIST = Path(recbole.__file__).parent / "properties/dataset/url.yaml"
 _RECORD = "SOURCE.json"
@@ -125,9 +125,8 @@ def download(
         }
         with FileLock(data_path / f".{_RECORD}.lock"):  # other downloads write it too
             # first: a record without a folder is harmless, a folder without its record is refused
-            with replacing(data_path / _RECORD) as file:
-                text = json.dumps({**_record(data_path), name: entry}, indent=2, sort_keys=True)
-                file.write_text(text + "\n", encoding="utf-8")
+            text = json.dumps({**_record(data_path), name: entry}, indent=2, sort_keys=True)
+            write_text(data_path / _RECORD, text + "\n")
             (temporary / name).rename(folder)
     except (OSError, EnvironmentFault) as error:
         if isinstance(error, EnvironmentFault) and not isinstance(error.__cause__, OSError):

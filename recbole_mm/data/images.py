@@ -42,6 +42,7 @@ from recbole_mm.data.atomic import read_atomic
 from recbole_mm.data.decomposition import decompose
 from recbole_mm.data.feature_files import save_features
 from recbole_mm.errors import EnvironmentFault, InputError, nearest
+from recbole_mm.files import write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -488,9 +489,9 @@ def _list_failures(out: Path, failed: dict[str, str]) -> Path | None:
     if not failed:
         listing.unlink(missing_ok=True)
         return None
-    with _kept(listing), checkpoint.replacing(listing) as temporary:
-        lines = [f"{_printable(name)}\t{reason}\n" for name, reason in failed.items()]
-        temporary.write_text("".join(lines), encoding="utf-8")
+    lines = [f"{_printable(name)}\t{reason}\n" for name, reason in failed.items()]
+    with _kept(listing):
+        write_text(listing, "".join(lines))
     return listing
 
 

@@ -22,8 +22,6 @@ import hashlib
 import itertools
 import json
 import logging
-import os
-import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +35,7 @@ import scipy.sparse as sp
 import torch
 
 from recbole_mm.data.derive import default_cache_dir
+from recbole_mm.files import replacing
 
 if TYPE_CHECKING:
     from recbole_mm.data.features import FeatureTable
@@ -448,16 +447,8 @@ def _write(path: Path, graph: sp.csr_matrix) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = np.array(graph.shape, np.int64)
     parts = {"data": graph.data, "indices": graph.indices, "indptr": graph.indptr, "shape": shape}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **parts, sha256=np.array(_digest({}, *parts.values())))
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path, shared=True) as temporary, temporary.open("wb") as file:
+        np.savez(file, **parts, sha256=np.array(_digest({}, *parts.values())))
 
 
 # ------------------------------------------------------------------------------- reading one

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from recbole_mm import files
 from recbole_mm.config import NO_NUMBERS, Config, digest_of_data
-from recbole_mm.errors import EnvironmentFault, InputError, NumericalError, OutOfMemory
+from recbole_mm.errors import InputError, NumericalError, OutOfMemory
 from recbole_mm.protocol import Protocol, assert_comparable
 from recbole_mm.quick_start import run
 from recbole_mm.tuning.space import Parameter
@@ -232,18 +231,9 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         EnvironmentFault: If it cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with files.writing(path, "free space or point --out at a folder that can be written"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise EnvironmentFault(
-            f"{path}: cannot be written ({error.strerror or error}); "
-            "free space or point --out at a folder that can be written"
-        ) from error
+        files.write_text(path, text, shared=True)
 
 
 def _check_alike(result: Mapping[str, Any], earlier: Sequence[Record]) -> None:

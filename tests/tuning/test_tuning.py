@@ -603,9 +603,7 @@ def test_processes_may_write_one_file_at_the_same_time(tmp_path, monkeypatch):
 
     def after_another(temporary, path):
         monkeypatch.setattr(Path, "replace", replace)
-        with monkeypatch.context() as another:
-            another.setattr(search_module.os, "getpid", lambda: 1)
-            search_module.write_text(path, "theirs")
+        search_module.write_text(path, "theirs")
         return replace(temporary, path)
 
     monkeypatch.setattr(Path, "replace", after_another)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from recbole_mm.data.feature_files.common import (
     row_chunks,
 )
 from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.files import replacing
 
 # https://github.com/huggingface/safetensors#format: name of the type -> numpy's
 TYPES = {
@@ -174,25 +173,18 @@ def save_features(
             f"{MAX_HEADER}; save an .npy matrix and name its id file under `ids`"
         )
 
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
-        with unfinished.open("xb") as stream:
+        with replacing(path, shared=True) as unfinished, unfinished.open("xb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for part in row_chunks(n_rows, width):
                 rows = values[part].detach().to("cpu", dtype)
                 _refuse_non_finite(path, rows, tokens[part], present[part])
                 stream.write(rows.contiguous().view(torch.uint8).numpy().tobytes())
             stream.write(present.cpu().to(torch.uint8).numpy().tobytes())
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(path)
-        _sync_folder(path.parent)
     except OSError as error:
         raise EnvironmentFault(
             f"cannot write {path}: {error.strerror}; free space or choose another folder"
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _entry(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> dict[str, Any]:
@@ -206,14 +198,3 @@ def _refuse_non_finite(path: Path, rows: Tensor, tokens: Sequence[str], present:
             f"{path}: the vector of item {tokens[int(bad.nonzero()[0])]!r} holds NaN or Inf; "
             "mark the item as not present"
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; a no-op where folders cannot be opened."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
