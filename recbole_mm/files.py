@@ -1,14 +1,19 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and by one process at a time."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from recbole_mm.errors import EnvironmentFault
+from filelock import FileLock, Timeout
+
+from recbole_mm.errors import EnvironmentFault, RecboleMMError
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -55,6 +60,35 @@ def write_text(path: Path, text: str, *, shared: bool = False) -> None:
     """Write a text file as :func:`replacing` does, in UTF-8."""
     with replacing(path, shared=shared) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def alone(lock_file: Path, mend: str, taken: str | RecboleMMError) -> Iterator[None]:
+    """Keep other processes out of the block; the system frees the lock if this one dies.
+
+    Args:
+        lock_file: What they lock; made, with its folder, and left behind.
+        mend: What to do where it cannot be written, as in :func:`writing`.
+        taken: If another process is in the block: a text is logged, and that process waited for;
+            an error is raised.
+
+    Raises:
+        EnvironmentFault: If the lock cannot be written.
+    """
+    with writing(lock_file, mend):
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(lock_file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if isinstance(taken, RecboleMMError):
+                raise taken from None
+            logger.info(taken)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _sync(path: Path) -> None:

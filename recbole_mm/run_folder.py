@@ -37,7 +37,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -45,7 +44,7 @@ from recbole_mm import __version__, distributed
 from recbole_mm.checkpoint import MEND, Checkpoint, fingerprint, read, write
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import EnvironmentFault, InputError
-from recbole_mm.files import replacing, writing
+from recbole_mm.files import alone, replacing, writing
 
 MODEL = "model.safetensors"
 STATE = "last.safetensors"
@@ -154,23 +153,12 @@ class RunFolder:
             InputError: If another process is at work here.
         """
         place = self.path / ".lock"
-        try:
-            lock = FileLock(place)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise InputError(
-                f"{self.path}: this run is still going on in another process; wait for its end"
-            ) from None
-        except OSError as error:
-            raise EnvironmentFault(
-                f"{place}: cannot be written ({error.strerror or error}); free space or point "
-                "checkpoint_dir at a folder that can be written"
-            ) from error
-        try:
-            yield
-        finally:
-            place.unlink(missing_ok=True)
-            lock.release()
+        busy = f"{self.path}: this run is still going on in another process; wait for its end"
+        with alone(place, MEND, InputError(busy)):
+            try:
+                yield
+            finally:
+                place.unlink(missing_ok=True)
 
     @contextmanager
     def logging_to_file(self, level: str) -> Iterator[None]:

@@ -1,9 +1,9 @@
-"""Files that are whole or not there, and what is said where they cannot be written."""
+"""Files that are whole or not there, locks, and what is said where they cannot be written."""
 
 import pytest
 
-from recbole_mm.errors import EnvironmentFault
-from recbole_mm.files import replacing, write_text, writing
+from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.files import alone, replacing, write_text, writing
 
 
 def names(folder):
@@ -40,3 +40,21 @@ def test_a_folder_that_cannot_be_written_is_told_with_the_mend(tmp_path):
     with pytest.raises(EnvironmentFault) as caught, writing(path, "make it"):
         write_text(path, "")
     assert str(caught.value) == f"{path}: cannot be written (No such file or directory); make it"
+
+
+def test_a_lock_that_is_taken_is_refused_with_the_error_given(tmp_path):
+    lock = tmp_path / "new" / ".lock"
+    refused = InputError("in use")
+    with alone(lock, "", refused), pytest.raises(InputError) as caught, alone(lock, "", refused):
+        pass
+    assert caught.value is refused
+    with alone(lock, "", refused):
+        pass
+
+
+def test_a_lock_that_cannot_be_made_is_told_with_the_mend(tmp_path):
+    (tmp_path / "file").write_text("")
+    lock = tmp_path / "file" / ".lock"
+    expected = rf"{lock}: cannot be written \(.*\); move it"
+    with pytest.raises(EnvironmentFault, match=expected), alone(lock, "move it", "waiting"):
+        pass

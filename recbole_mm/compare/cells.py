@@ -30,13 +30,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from recbole_mm import __version__
 from recbole_mm.compare import missing
 from recbole_mm.compare.plan import Cell
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
-from recbole_mm.files import write_text
+from recbole_mm.files import alone, write_text
 from recbole_mm.run_folder import STATE, code_digest
 
 RECORD = "cell.json"
@@ -87,22 +85,9 @@ def alone_in(out: Path) -> Iterator[None]:
     Raises:
         EnvironmentFault: If another compare is at work there, or it cannot be written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise EnvironmentFault(
-            f"{out}: another compare is at work there; wait for it or choose another --out"
-        ) from None
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{out}: cannot be written ({error.strerror}); choose another --out"
-        ) from error
-    try:
+    busy = f"{out}: another compare is at work there; wait for it or choose another --out"
+    with alone(out / ".lock", "choose another --out", EnvironmentFault(busy)):
         yield
-    finally:
-        lock.release()
 
 
 def execute(

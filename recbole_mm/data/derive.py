@@ -34,8 +34,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +45,6 @@ import numpy.typing as npt
 import pandas as pd
 import scipy.sparse as sp
 import torch
-from filelock import FileLock, Timeout
 from recbole.utils.enum_type import FeatureType
 from sklearn.feature_extraction.text import TfidfTransformer, TfidfVectorizer
 from tqdm import tqdm
@@ -58,11 +56,17 @@ from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.feature_files import read_features, save_features
 from recbole_mm.data.movielens import is_misnumbered_link, translated_link
 from recbole_mm.errors import EnvironmentFault, InputError, nearest
+from recbole_mm.files import alone
 
 logger = logging.getLogger(__name__)
 
 DERIVE_VERSION = 2
 """Raise it when a change here changes numbers: every cache file of before is then a miss."""
+
+CACHE_MEND = (
+    "set feature_cache_dir or RECBOLE_MM_CACHE to a folder with space that you may write to"
+)
+"""What to do where the cache cannot be written."""
 
 _OPTIONS: dict[str, dict[str, Any]] = {
     "text": {"fields": None, "method": "auto", "dim": None},
@@ -312,7 +316,9 @@ def _derived_file(job: _Job, cache: Path) -> Path:
     stem = re.sub(r"[^\w.-]+", "_", job.source.name)
     path = cache / f"{stem}-{kind}-{_key(job, digests)[:32]}.safetensors"
     if not _is_intact(path):
-        with _alone_at(path):
+        # a second writer would change the file under a run that has read it, not yet its sha256
+        waiting = f"{path}: another process derives it; waiting for it"
+        with alone(path.with_name(f".{path.name}.lock"), CACHE_MEND, waiting):
             if not _is_intact(path):  # another process may have made it
                 _derive(job, path, digests)
                 return path
@@ -357,28 +363,6 @@ def _derive(job: _Job, path: Path, digests: Mapping[str, str]) -> None:
         derived.explained_variance,
         path,
     )
-
-
-@contextmanager
-def _alone_at(path: Path) -> Iterator[None]:
-    """Keep other processes from deriving the same file: they wait, and then read it.
-
-    A second writer would change the file under a run that has read it and not yet noted its sha256.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.parent / f".{path.name}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("%s: another process derives it; waiting for it", path)
-            lock.acquire()
-    except OSError as error:
-        raise _unwritable(error) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _key(job: _Job, digests: Mapping[str, str]) -> str:
@@ -445,14 +429,7 @@ def _write(path: Path, derived: _Derived, metadata: dict[str, str]) -> None:
             {**metadata, "content_sha256": content},
         )
     except (OSError, EnvironmentFault) as error:
-        raise _unwritable(error) from error
-
-
-def _unwritable(error: Exception) -> EnvironmentFault:
-    return EnvironmentFault(
-        f"the cache of derived features: {error}; set feature_cache_dir or RECBOLE_MM_CACHE to "
-        "a folder with space that you may write to"
-    )
+        raise EnvironmentFault(f"the cache of derived features: {error}; {CACHE_MEND}") from error
 
 
 # -- the kinds --------------------------------------------------------------------------------

@@ -34,8 +34,9 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 
-from recbole_mm.data.derive import default_cache_dir
-from recbole_mm.files import replacing
+from recbole_mm.data.derive import CACHE_MEND, default_cache_dir
+from recbole_mm.errors import EnvironmentFault
+from recbole_mm.files import alone, replacing, writing
 
 if TYPE_CHECKING:
     from recbole_mm.data.features import FeatureTable
@@ -342,8 +343,9 @@ def item_graphs(
 
     A cache file is found by a sha256 of all that the graph depends on: the vectors and who has
     them, the training interactions, the parameters. Another split, another feature file or another
-    parameter is another file. A file that does not hold what was written to it is computed anew; a
-    cache that cannot be written costs a warning.
+    parameter is another file. Of processes that need one at the same time, one computes it and the
+    others wait. A file that does not hold what was written to it is computed anew; a cache that
+    cannot be written costs a warning.
 
     Args:
         features: Modalities over N items.
@@ -405,27 +407,33 @@ def _digest(options: Mapping[str, Any], *arrays: npt.NDArray[Any]) -> str:
 
 
 def _cached(path: Path, what: str, build: Callable[[], sp.csr_matrix]) -> sp.csr_matrix:
-    graph = _read(path)
-    if graph is not None:
-        logger.info("%s: computed earlier, %s", what, path)
-        return graph
-    begin = time.perf_counter()
-    graph = build()
-    logger.info("%s: %d edges in %.1f s", what, graph.nnz, time.perf_counter() - begin)
-    try:
-        _write(path, graph)
-    except OSError as error:
-        logger.warning(
-            "%s: not kept for the next run (%s); set feature_cache_dir or RECBOLE_MM_CACHE to a "
-            "folder with space that you may write to",
-            path,
-            error,
-        )
+    graph = _read(path, logging.DEBUG)  # a file that is no good is told of below
+    if graph is None:
+        waiting = f"{path}: another process computes it; waiting for it"
+        try:
+            with alone(path.with_name(f".{path.name}.lock"), CACHE_MEND, waiting):
+                graph = _read(path)  # another process may have made it
+                if graph is None:
+                    graph = _built(what, build)
+                    with writing(path, CACHE_MEND):
+                        _write(path, graph)
+                    return graph
+        except EnvironmentFault as error:
+            logger.warning("%s: not kept for the next run: %s", what, error)
+            return _built(what, build) if graph is None else graph
+    logger.info("%s: computed earlier, %s", what, path)
     return graph
 
 
-def _read(path: Path) -> sp.csr_matrix | None:
-    """The graph in a file, or ``None`` if there is no file or it is damaged."""
+def _built(what: str, build: Callable[[], sp.csr_matrix]) -> sp.csr_matrix:
+    begin = time.perf_counter()
+    graph = build()
+    logger.info("%s: %d edges in %.1f s", what, graph.nnz, time.perf_counter() - begin)
+    return graph
+
+
+def _read(path: Path, level: int = logging.WARNING) -> sp.csr_matrix | None:
+    """The graph in a file, or ``None`` if there is no file or it is damaged, which is logged."""
     if not path.is_file():
         return None
     try:
@@ -436,18 +444,17 @@ def _read(path: Path) -> sp.csr_matrix | None:
                 entries = (parts["data"], parts["indices"], parts["indptr"])
                 return sp.csr_matrix(entries, shape=tuple(parts["shape"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("%s: cannot be read (%s); computed anew", path, error)
+        logger.log(level, "%s: cannot be read (%s); computed anew", path, error)
         return None
-    logger.warning("%s: not what was written to it; computed anew", path)
+    logger.log(level, "%s: not what was written to it; computed anew", path)
     return None
 
 
 def _write(path: Path, graph: sp.csr_matrix) -> None:
     """All of the file, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     shape = np.array(graph.shape, np.int64)
     parts = {"data": graph.data, "indices": graph.indices, "indptr": graph.indptr, "shape": shape}
-    with replacing(path, shared=True) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **parts, sha256=np.array(_digest({}, *parts.values())))
 
 

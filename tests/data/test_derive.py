@@ -507,7 +507,7 @@ def test_second_call_and_touch_are_hits(world):
 
 
 def test_of_two_that_need_a_file_one_derives_and_the_other_waits(world, monkeypatch, caplog):
-    caplog.set_level(logging.INFO, logger=derive.__name__)
+    caplog.set_level(logging.INFO, logger="recbole_mm.files")
     compute, calls, started = derive._text, [], threading.Event()
 
     def slow(*args):

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -294,7 +297,8 @@ def table(seed=0, absent=(3,), n_items=11):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.iterdir())
+    names = {path.name for path in folder.iterdir()}
+    return sorted(name for name in names if not name.endswith(".lock"))  # which stays
 
 
 def test_graphs_of_a_data_set_equal_those_of_its_parts(tmp_path):
@@ -363,7 +367,7 @@ def test_beta_is_part_of_the_key_of_mix(tmp_path):
 def test_damaged_cache_file_is_computed_anew(tmp_path, damage, caplog):
     users, items = interactions()
     first = item_graphs(table(), users, items, **OPTIONS, cache_dir=tmp_path)
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("*.npz"):
         if damage == "cut":
             os.truncate(path, path.stat().st_size // 2)
         elif damage == "text":
@@ -389,7 +393,7 @@ def test_pickle_in_a_cache_file_is_not_executed(tmp_path):
 
     cache = tmp_path / "cache"
     item_graphs(table(), users, items, **OPTIONS, cache_dir=cache)
-    for path in cache.iterdir():
+    for path in cache.glob("*.npz"):
         np.savez(path, data=np.array([Trap()], dtype=object))
     item_graphs(table(), users, items, **OPTIONS, cache_dir=cache)
     assert not canary.exists()
@@ -408,6 +412,41 @@ def test_nothing_is_left_of_a_write_that_failed(tmp_path, monkeypatch, caplog):
     assert graphs.behaviour.nnz > 0
     assert files(tmp_path) == []
     assert "set feature_cache_dir or RECBOLE_MM_CACHE" in caplog.text
+
+
+def test_a_cache_that_is_no_folder_costs_a_warning(tmp_path, caplog):
+    users, items = interactions()
+    (tmp_path / "cache").write_text("")
+    graphs = item_graphs(table(), users, items, **OPTIONS, cache_dir=tmp_path / "cache")
+    whole = item_graphs(table(), users, items, **OPTIONS, cache_dir=tmp_path / "other")
+    assert_close(dense(graphs.modal["look"]), dense(whole.modal["look"]))
+    assert caplog.text.count("set feature_cache_dir or RECBOLE_MM_CACHE") == 2
+
+
+def test_of_two_that_need_a_graph_one_computes_and_the_other_waits(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="recbole_mm.files")
+    users, items = interactions()
+    compute, calls, started = item_graph.behaviour_graph, [], threading.Event()
+
+    def slow(*args, **options):
+        calls.append(1)
+        started.set()
+        ends = time.monotonic() + 60
+        while "another process computes it" not in caplog.text and time.monotonic() < ends:
+            time.sleep(0.01)
+        return compute(*args, **options)
+
+    def needed():
+        return item_graphs(table(), users, items, **OPTIONS, cache_dir=tmp_path)
+
+    monkeypatch.setattr(item_graph, "behaviour_graph", slow)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(needed)
+        assert started.wait(60)
+        second = pool.submit(needed)
+        graphs = [first.result(60).behaviour, second.result(60).behaviour]
+    assert len(calls) == 1
+    assert_close(dense(graphs[0]), dense(graphs[1]))
 
 
 def test_default_folder_is_that_of_derived_features(tmp_path, monkeypatch):

@@ -300,7 +300,7 @@ def moved(tmp_path):
 
 def test_moving_validation_and_test_interactions_changes_no_edge(world, moved, cache):
     w = world()
-    kept = {path.name for path in cache.iterdir()}
+    kept = {path.name for path in cache.glob("*.npz")}
     config, (train, valid, test) = moved(lambda later: later < 2)
     for before, after in ((w.valid, valid), (w.test, test)):
         items = [loader._dataset.inter_feat["item_id"] for loader in (before, after)]
@@ -310,17 +310,17 @@ def test_moving_validation_and_test_interactions_changes_no_edge(world, moved, c
     other = MDSRec(config, train._dataset)
     for name, graph in graphs_of(w.model).items():
         assert (graph != graphs_of(other)[name]).nnz == 0
-    assert {path.name for path in cache.iterdir()} == kept
+    assert {path.name for path in cache.glob("*.npz")} == kept
 
 
 def test_moving_training_interactions_changes_edges_and_reuses_no_file(world, moved, cache):
     w = world()
-    kept = {path.name for path in cache.iterdir()}
+    kept = {path.name for path in cache.glob("*.npz")}
     config, (train, _, _) = moved(lambda later: later == 2)
     other = MDSRec(config, train._dataset)
     for name, graph in graphs_of(w.model).items():
         assert (graph != graphs_of(other)[name]).nnz > 0
-    assert len({path.name for path in cache.iterdir()} - kept) == 3
+    assert len({path.name for path in cache.glob("*.npz")} - kept) == 3
 
 
 def test_behaviour_graph_counts_histories_without_the_held_out_items(world):
