@@ -93,6 +93,14 @@ def judged(tmp_path):
     )
 
 
+def test_the_texts_of_tokens_are_held_once_for_all_cells(judged):
+    one, *others = [users for row in judged.rows for users in row.users]
+    for other in others:
+        for column in ("user", "target"):
+            pairs = zip(one[column], other[column], strict=True)
+            assert all(mine is theirs for mine, theirs in pairs)
+
+
 def line_about(table, words):
     (line,) = (line for line in caption(table, MARKS) if words in line)
     return line
