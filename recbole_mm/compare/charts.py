@@ -7,6 +7,7 @@ charts of its table.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,9 @@ def _style(number: int) -> tuple[str, str, str]:
 
 def _learning(table: Table, metric: str) -> go.Figure:
     figure = _figure("epoch", f"validation {metric}")
+    longest = [max(map(len, row.epochs)) for row in table.rows if any(row.epochs)]
+    if max(longest) > 5 * statistics.median_low(longest):  # else a few rows press the others flat
+        figure.update_xaxes(type="log", dtick=1, title={"text": "epoch (logarithmic)"})
     for number, row in enumerate(table.rows):
         colour, dash, _ = _style(number)
         drawn = False

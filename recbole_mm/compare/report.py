@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from numpy.typing import NDArray
 from plotly.offline import get_plotlyjs
 
@@ -43,18 +43,22 @@ class Cell:
     style: str = ""
 
 
-def render(tables: Sequence[Table]) -> str:
-    """The page."""
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
+    return environment.get_template("report.html.j2")
+
+
+def render(tables: Sequence[Table]) -> str:
+    """The page."""
     figures: dict[str, Any] = {}
     sections = [_section(table, number, figures) for number, table in enumerate(tables)]
     names = ", ".join(table.dataset for table in tables)
-    return environment.get_template("report.html.j2").render(
+    return _template().render(
         title=f"{len(tables[0].rows)} models on {names}",
         version=__version__,
         command=_command(),

@@ -11,13 +11,14 @@ import pytest
 
 from recbole_mm import __version__
 from recbole_mm.compare.cells import read_outcome
-from recbole_mm.compare.charts import _style, charts_of
+from recbole_mm.compare.charts import _learning, _style, charts_of
 from recbole_mm.compare.plan import plan
-from recbole_mm.compare.report import _json_for_html, _quoted
+from recbole_mm.compare.report import Cell, Column, _json_for_html, _quoted, _template
 from recbole_mm.compare.tables import caption, tabulate
 from recbole_mm.run_folder import code_digest
 from tests.compare.conftest import QUICK
 
+BLANK = dict.fromkeys(("title", "version", "command", "plotly", "figures"), "")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")
 
@@ -67,6 +68,28 @@ def test_charts_show_what_the_tables_say(done):
     assert sum(counts) == len(users)
     mean = sum(n * y for n, y in zip(counts, by_history.y, strict=True)) / len(users)
     assert mean == pytest.approx(users["ndcg@10"].mean())
+
+
+@pytest.mark.parametrize(("lengths", "kind"), [((60, 5), "log"), ((20, 5), None)])
+def test_one_long_row_does_not_press_the_learning_curves_of_the_others_flat(done, lengths, kind):
+    found = table(done[0])
+    for row, length in zip(found.rows, lengths, strict=True):
+        metric = {found.metrics[0]: 0.1}
+        vars(row)["epochs"] = [[{"epoch": i, "valid": metric} for i in range(length)]]
+    figure = _learning(found, found.metrics[0])
+    assert figure.layout.xaxis.type == kind
+    assert [max(trace.x) for trace in figure.data] == list(lengths)
+
+
+def test_names_may_be_broken_at_a_plus_and_stay_escaped():
+    line = [Cell("a<b>+slow", "a"), Cell("+8.9 %", 8.9)]
+    text = str(
+        _template()
+        .make_module({"tables": [], "environment": [], **BLANK})
+        .grid([Column("model", text=True), Column("gain")], [line], True)
+    )
+    assert "a&lt;b&gt;+<wbr>slow" in text
+    assert "+8.9 %" in text
 
 
 def test_weights_that_a_model_tells_of_itself_are_drawn(done):
