@@ -328,7 +328,9 @@ def _run(
         _LOG.info(net)
         trainer = trainer_class(config["MODEL_TYPE"], config["model"])(config, net, folder)
         if interrupted is not None:
-            trainer.resume(interrupted.read_state())
+            state = interrupted.read_state()
+            trainer.resume(state)
+            started -= _seconds_before(state)
         try:
             best_score, best_result = trainer.fit(
                 train_data,
@@ -458,6 +460,14 @@ def _resume(
             return _run(config, saved=True, score_test=score_test, interrupted=run)
     finally:
         torch.set_num_threads(threads)
+
+
+def _seconds_before(state: Checkpoint) -> float:
+    """By the clock, of the epochs that an interrupted run had trained and validated."""
+    spent = [n["train_seconds"] + n.get("valid_seconds", 0.0) for n in state.about["history"]]
+    if state.about["position"]["batch"]:  # in the midst of one more
+        spent.append(state.about["of_epoch"]["seconds"][0])
+    return math.fsum(spent)
 
 
 def _check_topk(config: Config, n_items: int) -> None:

@@ -142,8 +142,13 @@ def test_a_run_killed_in_an_epoch_ends_as_if_it_had_not_been(
         "epoch": steps // n_batches,
         "batch": steps % n_batches,
     }
-    recbole_mm.run(resume=folder)
+    result = recbole_mm.run(resume=folder)
     assert_equal_runs(reference, folder)
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    # those of the process that was killed count, too
+    assert result["seconds"] > sum(
+        line[key] for line in lines for key in line.keys() & SECONDS[::2]
+    )
 
 
 @pytest.mark.parametrize("steps", [None, 7, 12])

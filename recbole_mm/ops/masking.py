@@ -71,22 +71,3 @@ def causal_mask(size: int, device: torch.device | None = None) -> Tensor:
         ``(L, L)`` bool, rows are queries.
     """
     return torch.ones(size, size, dtype=torch.bool, device=device).tril()
-
-
-def window_mask(size: int, window: int, device: torch.device | None = None) -> Tensor:
-    """Keys that a query may see: itself and the ``window - 1`` before it.
-
-    Args:
-        size: Sequence length ``L``.
-        window: Number of keys ``w``, at least 1; ``w >= L`` gives :func:`causal_mask`.
-        device: Where the mask lives.
-
-    Returns:
-        ``(L, L)`` bool, rows are queries.
-
-    Raises:
-        ValueError: If ``window`` is below 1: a query would see nothing.
-    """
-    if window < 1:
-        raise ValueError(f"window must be at least 1, got {window}")
-    return causal_mask(size, device).triu(1 - window)

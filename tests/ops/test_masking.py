@@ -11,7 +11,6 @@ from recbole_mm.ops.masking import (
     masked_mean,
     masked_softmax,
     padding_mask,
-    window_mask,
 )
 
 MASK = torch.tensor([[True, False, True, True], [False, False, False, False]])
@@ -75,21 +74,10 @@ def test_mean_takes_a_mask_that_broadcasts():
 
 
 def test_masks_equal_their_definition():
-    size, window = 6, 3
-    causal, windowed = causal_mask(size), window_mask(size, window)
+    size = 6
+    causal = causal_mask(size)
     real = padding_mask(torch.tensor([0, 4, 6]), size)
     for j in range(size):
         assert real[:, j].tolist() == [False, j < 4, True]
         for i in range(size):
             assert causal[j, i] == (i <= j)
-            assert windowed[j, i] == (j - window < i <= j)
-
-
-def test_wide_window_is_causal():
-    assert torch.equal(window_mask(5, 5), causal_mask(5))
-    assert torch.equal(window_mask(5, 99), causal_mask(5))
-
-
-def test_empty_window_is_refused():
-    with pytest.raises(ValueError, match="window must be at least 1, got 0"):
-        window_mask(4, 0)

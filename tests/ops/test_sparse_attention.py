@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_mm.ops import attention_tools
 from recbole_mm.ops.attention_tools import Dropout, best_blocks
-from recbole_mm.ops.masking import window_mask
 from recbole_mm.ops.sparse_attention import (
     select_blocks,
     sparse_attention,
@@ -576,7 +575,8 @@ def test_windowed_branch_equals_masked_attention():
     tensors = inputs(23, n_branches=1)
     branch = {"window_size": 6, "n_selected_blocks": None}
     ours = attend(tensors | {"block_value": None}, **branch)
+    seen = torch.ones(23, 23, dtype=torch.bool).tril().triu(-5)
     masked = F.scaled_dot_product_attention(
-        tensors["query"], tensors["key"], tensors["value"], attn_mask=window_mask(23, 6)
+        tensors["query"], tensors["key"], tensors["value"], attn_mask=seen
     )
     assert_close(ours, tensors["gate"] * masked, rtol=0, atol=1e-12)
