@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recbole_mm.ops.attention_tools import score_dtype
 from recbole_mm.ops.masking import causal_mask
 
 BLOCK = 32  # positions; what is held grows with L * (BLOCK + L / BLOCK)
@@ -30,9 +31,12 @@ def running_softmax_mean(scores: Tensor, values: Tensor) -> Tensor:
         values: ``(B, L, D)``.
 
     Returns:
-        ``(B, L, K, D)``; no tensor of L * L is formed.
+        ``(B, L, K, D)`` in the type of ``values``; sums are taken in float32 at least. No tensor of
+        L * L is formed.
     """
     B, L, K = scores.shape
+    dtype = values.dtype
+    scores, values = (x.to(score_dtype(x.dtype)) for x in (scores, values))
     b = min(BLOCK, max(1, L))
     left = -L % b
     scores = F.pad(scores, (0, 0, 0, left), value=torch.finfo(scores.dtype).min)
@@ -57,4 +61,4 @@ def running_softmax_mean(scores: Tensor, values: Tensor) -> Tensor:
         mass = far @ part.sum(-1).permute(0, 2, 1).unsqueeze(-1)  # (B, K, C * b, 1)
         weight = weight + mass.view(B, K, C, b).transpose(1, 2)
     mean = total / weight.unsqueeze(-1)  # (B, C, K, b, D)
-    return mean.transpose(2, 3).flatten(1, 2)[:, :L]
+    return mean.transpose(2, 3).flatten(1, 2)[:, :L].to(dtype)

@@ -58,6 +58,17 @@ def test_float32_keeps_every_prefix_whatever_comes_later(scale):
     assert_close(gradients, expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_near_single_precision(autocast):
+    scores, values = inputs(90, torch.float32, 3.0)
+    expected = running_softmax_mean(scores, values)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        ours = running_softmax_mean(scores.bfloat16(), values.bfloat16())
+    assert ours.dtype == torch.bfloat16
+    assert_close(ours.float(), expected, atol=0.05, rtol=0.05)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(ours.sum(), (scores, values)))
+
+
 @pytest.mark.usefixtures("block")
 def test_no_position_sees_a_later_one():
     scores, values = inputs(21)
