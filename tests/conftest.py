@@ -10,6 +10,8 @@ from recbole_mm.ops.token_attention import token_attention
 from recbole_mm.trainer import trainer_class
 from tests.models.conftest import build
 
+DENSE_UP_TO = sparse_attention._DENSE_UP_TO
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache_of_its_own(tmp_path_factory):
@@ -25,6 +27,12 @@ def _seed():
     torch.set_num_threads(1)  # tensors of a test are small, and the suite has its own processes
     # an earlier test may have imported RecBole's SINE, which turns it on: ten times the time
     torch.autograd.set_detect_anomaly(False)
+
+
+@pytest.fixture(autouse=True)
+def _small_histories_take_the_sparse_form(monkeypatch):
+    """The form that long histories take is to be seen by tests of short ones, too."""
+    monkeypatch.setattr(sparse_attention, "_DENSE_UP_TO", dict.fromkeys(DENSE_UP_TO, 0))
 
 
 @pytest.fixture

@@ -39,9 +39,11 @@ from recbole_mm.ops.token_attention import token_attention
 SELECTIONS = ("query", "query_block")
 FORMS = ("auto", "dense", "sparse")
 
-# The dense form is the faster one up to this many positions for each key that a query sees in
-# window and selection; measured on a CPU with 80 to 280 such keys.
-_DENSE_BELOW = {"query": 1.75, "query_block": 1.25}
+# The dense form is the faster one up to so many positions, and up to so many for each key that a
+# query sees in window and selection; measured on a CPU with blocks of 16, 32 and 64, that is 144 to
+# 384 such keys.
+_DENSE_UP_TO = {"query": 480, "query_block": 288}
+_DENSE_BELOW = {"query": 1.75, "query_block": 1.4}
 
 
 def sparse_attention(
@@ -212,7 +214,8 @@ def _attend_to_tokens(
     if selected is not None:
         n_seen += selected[0].block_size * (selected[0].chosen.shape[-1] + 1)
         selection = "query_block" if selected[0].is_shared else "query"
-    is_dense = form == "dense" or (form == "auto" and size <= _DENSE_BELOW[selection] * n_seen)
+    crossover = max(_DENSE_UP_TO[selection], _DENSE_BELOW[selection] * n_seen)
+    is_dense = form == "dense" or (form == "auto" and size <= crossover)
     dense_window = is_dense or (window is not None and 2 * window[0] > size)
     dense_selected = is_dense or selected_sees_all
     if dense_window == dense_selected or len(gates) == 1:

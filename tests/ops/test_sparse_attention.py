@@ -9,12 +9,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_mm.ops import attention_tools
+from recbole_mm.ops import sparse_attention as sparse_attention_module
 from recbole_mm.ops.attention_tools import Dropout, best_blocks
 from recbole_mm.ops.sparse_attention import (
     select_blocks,
     sparse_attention,
     sparse_attention_last,
 )
+from tests.conftest import DENSE_UP_TO
 from tests.reference import sparse_attention as reference
 
 H, D = 2, 3
@@ -510,6 +512,23 @@ def test_half_precision_selects():
     for selection in ("query", "query_block"):
         for form in ("dense", "sparse"):
             assert attend(tensors, selection=selection, form=form).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("L", "b", "selection", "is_dense"),
+    [
+        *((300, 16, "query", True), (600, 16, "query", False)),
+        *((200, 16, "query_block", True), (400, 16, "query_block", False)),
+        *((640, 64, "query", True), (512, 64, "query_block", True), (768, 64, "query", False)),
+    ],
+)
+def test_crossover_is_where_it_was_measured(L, b, selection, is_dense, forms, monkeypatch):
+    monkeypatch.setattr(sparse_attention_module, "_DENSE_UP_TO", DENSE_UP_TO)
+    monkeypatch.setattr(attention_tools, "tile_scores", lambda _: 1 << 18)
+    tensors = inputs(L, b=b, dtype=torch.float32)
+    options = {"block_size": b, "window_size": 64, "n_selected_blocks": 5}
+    attend(tensors, selection=selection, **options)
+    assert forms == [is_dense]
 
 
 @both_selections
