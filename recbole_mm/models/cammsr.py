@@ -217,9 +217,10 @@ class CAMMSR(MultimodalSequentialRecommender):
     def explain(self, material: Material) -> dict[str, Table]:
         """Means of :meth:`modality_weights` over the test histories.
 
-        With ``category_reduction: sum`` and ``category_loss_weight: 0``, as printed, nothing trains
-        the maps that predict categories; with many categories their weights are nearly one-hot,
-        and which modality gets them differs from seed to seed.
+        With ``category_loss_weight: 0``, as printed, no loss of their own trains the maps that
+        predict categories. With ``category_reduction: sum``, as printed, and many categories the
+        weights are nearly one-hot, and on which modality differs from seed to seed; with ``mean``
+        they are nearly equal.
 
         Returns:
             ``modality_by_category``: over the positions whose item has the category;

@@ -14,7 +14,9 @@ Sparse Attention-guided Alignment Layer (SAL)      :class:`.SparseAlignmentEncod
 item vector, user vector, score, objective         :class:`MUFASA`
 =================================================  ===========================================
 
-Every formula is [ours]; ``properties/model/MUFASA.yaml`` marks each choice.
+Every formula is [ours]; ``properties/model/MUFASA.yaml`` marks each choice. Without a key are the
+factor :math:`1 / \sqrt D` of the fused content and the layer norm before SAL, and in SAL the first
+bias of the gates, which favours the window, and keys without a bias.
 
 Shapes: B batch, L sequence length, N items, U distinct items of a batch, M modalities, D hidden
 size.
