@@ -6,7 +6,6 @@ Shapes: B batch, L sequence length, K means at each position, D width, C blocks 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from recbole_mm.ops.attention_tools import score_dtype
@@ -38,11 +37,13 @@ def running_softmax_mean(scores: Tensor, values: Tensor) -> Tensor:
     dtype = values.dtype
     scores, values = (x.to(score_dtype(x.dtype)) for x in (scores, values))
     b = min(BLOCK, max(1, L))
-    left = -L % b
-    scores = F.pad(scores, (0, 0, 0, left), value=torch.finfo(scores.dtype).min)
+    left, lowest = -L % b, torch.finfo(scores.dtype).min
+    # not by F.pad, whose gradient has other strides than torch.compile (2.13) believes
+    scores = torch.cat([scores, torch.full_like(scores[:, :left], lowest)], dim=1)
+    values = torch.cat([values, torch.zeros_like(values[:, :left])], dim=1)
     peak = scores.detach().cummax(1).values  # any number would do, the largest keeps exp in range
     scores, peak = (x.view(B, -1, b, K).transpose(2, 3) for x in (scores, peak))  # (B, C, K, b)
-    values = F.pad(values, (0, 0, 0, left)).view(B, -1, b, values.size(-1))  # (B, C, b, D)
+    values = values.view(B, -1, b, values.size(-1))  # (B, C, b, D)
     C = values.size(1)
 
     seen = causal_mask(b, scores.device)
