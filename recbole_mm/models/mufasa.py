@@ -38,6 +38,7 @@ from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.modules.multimodal_fusion import FUSION_TERMS, FusionLosses, MultimodalFusion
 from recbole_mm.modules.sparse_alignment import SparseAlignmentEncoder
+from recbole_mm.ops.masking import padding_mask
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
@@ -353,7 +354,7 @@ class MUFASA(MultimodalSequentialRecommender):
     def _distinct_items(self, interaction: Interaction) -> Tensor:
         """Real items of histories and targets ``(U,)``, at most ``mfl_batch_items``, at random."""
         item_seq, length = self.histories(interaction)
-        real = torch.arange(item_seq.size(1), device=item_seq.device) < length[:, None]
+        real = padding_mask(length, item_seq.size(1))
         items: Tensor = torch.unique(torch.cat([item_seq[real], interaction[self.POS_ITEM_ID]]))
         if len(items) > self.mfl_batch_items:
             keep = torch.randperm(len(items), device=items.device)[: self.mfl_batch_items]
@@ -370,7 +371,7 @@ class MUFASA(MultimodalSequentialRecommender):
         rows = rows.scatter(1, length[:, None], interaction[self.POS_ITEM_ID][:, None])
         place = torch.full((self.n_items,), -1, dtype=torch.long, device=items.device)
         place[items] = torch.arange(len(items), device=items.device)
-        real = torch.arange(item_seq.size(1), device=items.device) < length[:, None]
+        real = padding_mask(length, item_seq.size(1))
         first, second = place[rows[:, :-1][real]], place[rows[:, 1:][real]]
         both = (first >= 0) & (second >= 0)
         mask = torch.zeros(len(items), len(items), dtype=torch.bool, device=items.device)
