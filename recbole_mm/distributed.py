@@ -267,12 +267,15 @@ def _process(
         if number == 0:
             Path(scratch, "result.json").write_text(json.dumps(result), encoding="utf-8")
         dist.destroy_process_group()
+        code = 0
     except BaseException as error:  # told to the process that started this one
         code = _tell(error, number, Path(scratch))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # not through the interpreter's end: what runs there may wait for a peer
-        os._exit(code)
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not through the interpreter's end: what runs there may wait for a peer, and a thread of gloo
+    # that lets a tensor go after it aborts a process that had done its work.
+    os._exit(code)
 
 
 def _end_with_parent() -> None:

@@ -128,7 +128,10 @@ class TrainerMixin:
         if over:  # killed between its last epoch and its result
             self.start_epoch, kwargs["saved"] = self.epochs, False
         self._saved_at = time.monotonic()
-        result = super().fit(train_data, valid_data, *args, **kwargs)  # type: ignore[misc]
+        try:
+            result = super().fit(train_data, valid_data, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.tensorboard.close()  # RecBole leaves events to the end of the interpreter
         self._write_epochs()
         if len(self.history) < self.epochs and self.history:
             said = (
@@ -489,6 +492,9 @@ class _NoTensorboard:
 
     def add_hparams(self, *args: Any, **kwargs: Any) -> None:
         """Ignore a set of hyper-parameters."""
+
+    def close(self) -> None:
+        """Nothing to write."""
 
 
 PRETRAINING = "pre-training"

@@ -58,6 +58,18 @@ def test_the_run_folder_holds_everything_and_no_pickle(folder):
     assert not [p for p in path.rglob("*") if p.suffix in (".pth", ".pt", ".pkl")]
 
 
+def test_tensorboard_has_every_epoch_as_soon_as_the_run_is_over(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path, _ = folder
+    events = EventAccumulator(str(path / "log_tensorboard")).Reload()
+    epochs = (path / "metrics.jsonl").read_text().splitlines()
+    assert [event.step for event in events.Scalars("Loss/Train/next_item")] == list(
+        range(len(epochs))
+    )
+    assert len(events.Scalars("Vaild_score")) == len(epochs)
+
+
 def test_nothing_is_written_beside_the_run_folder(folder):
     path, _ = folder
     assert {p.name for p in path.parents[2].parent.iterdir()} == {"saved"}

@@ -242,6 +242,18 @@ def test_what_cannot_be_sent_to_other_processes_is_refused():
         distributed.launch(2, "cpu", lambda: {"a": 1})
 
 
+def done_and_no_interpreter_after_it():
+    import atexit
+
+    atexit.register(os.abort)
+    return {"rank": distributed.rank(), "of": distributed.n_processes()}
+
+
+def test_a_process_that_has_done_its_work_runs_nothing_of_the_interpreters_end():
+    found = distributed.launch(2, "cpu", done_and_no_interpreter_after_it)
+    assert found == {"rank": 0, "of": 2}
+
+
 def test_processes_that_never_began_are_told_by_their_cause(tmp_path):
     error = distributed._error(1, 1, tmp_path, 2)
     assert isinstance(error, InputError)
