@@ -24,11 +24,10 @@ from urllib.parse import urlsplit
 
 import recbole
 import yaml
-from filelock import FileLock
 
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import EnvironmentFault, InputError, nearest
-from recbole_mm.files import write_text
+from recbole_mm.files import alone, write_text
 
 _LIST = Path(recbole.__file__).parent / "properties/dataset/url.yaml"
 _RECORD = "SOURCE.json"
@@ -123,7 +122,8 @@ def download(
             "fetched": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "files": _files(temporary / name),
         }
-        with FileLock(data_path / f".{_RECORD}.lock"):  # other downloads write it too
+        lock, others = data_path / f".{_RECORD}.lock", "waiting for another download's record"
+        with alone(lock, "make room or choose another data_path", others):
             # first: a record without a folder is harmless, a folder without its record is refused
             text = json.dumps({**_record(data_path), name: entry}, indent=2, sort_keys=True)
             write_text(data_path / _RECORD, text + "\n")
