@@ -123,6 +123,36 @@ def check_type(key: str, value: Any, default: Any, source: str, *, lenient_int: 
         )
 
 
+def at_least(values: Mapping[str, Any], low: float, *keys: str) -> None:
+    """Refuse a number below ``low``; a key that is not there, or holds no number, passes."""
+    for key in keys:
+        if _is_number(values.get(key)) and not values[key] >= low:
+            raise InputError(f"{key} must be at least {low}, got {values[key]!r}")
+
+
+def positive(values: Mapping[str, Any], *keys: str) -> None:
+    """Refuse a number that is not above 0 and finite, as in :func:`at_least`."""
+    for key in keys:
+        if _is_number(values.get(key)) and not 0 < values[key] < math.inf:
+            raise InputError(f"{key} must be positive, got {values[key]!r}")
+
+
+def share(values: Mapping[str, Any], *keys: str) -> None:
+    """Refuse a number outside [0, 1], as in :func:`at_least`."""
+    for key in keys:
+        if _is_number(values.get(key)) and not 0 <= values[key] <= 1:
+            raise InputError(f"{key} must lie in [0, 1], got {values[key]!r}")
+
+
+def one_of(values: Mapping[str, Any], key: str, choices: Iterable[Any]) -> None:
+    """Refuse what is none of the choices of a key."""
+    choices = tuple(choices)
+    if key in values and values[key] not in choices:
+        raise InputError(
+            f"{key}: {values[key]!r} is unknown; use one of {', '.join(map(str, choices))}"
+        )
+
+
 def check_values(config: Mapping[str, Any], *, model: type) -> None:
     """Refuse values that would fail, or be ignored, somewhere inside a run."""
     _check_ranges(config)
@@ -151,45 +181,22 @@ _LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 def _check_ranges(config: Mapping[str, Any]) -> None:
-    lowest = {
-        "train_batch_size": 1,
-        "eval_batch_size": 1,
-        "eval_memory_mb": 1,
-        "eval_step": 1,
-        "epochs": 0,
-        "stopping_step": 0,
-        "worker": 0,
-        "metric_decimal_place": 1,
-        "MAX_ITEM_LIST_LENGTH": 1,
-        "seed": 0,
-        "weight_decay": 0,
-        "loss_memory_mb": 1,
-        **dict.fromkeys(_SIZES, 1),
-        "n_negatives": 0,
-        "mfl_batch_items": 1,
-        "mfl_pretrain_epochs": 0,
-    }
-    for key, low in lowest.items():
-        if _is_number(config.get(key)) and not config[key] >= low:
-            raise InputError(f"{key} must be at least {low}, got {config[key]!r}")
+    at_least(config, 1, "train_batch_size", "eval_batch_size", "eval_memory_mb", "eval_step")
+    at_least(config, 1, "metric_decimal_place", "MAX_ITEM_LIST_LENGTH", *_SIZES)
+    at_least(config, 0, "epochs", "stopping_step", "worker", "seed", "weight_decay")
     for key in _SIZES:
         if isinstance(config.get(key), float):
             raise InputError(f"{key} must be a whole number, got {config[key]!r}")
     if config["seed"] >= 2**32:
         raise InputError(f"seed must be below 2 ** 32, got {config['seed']!r}")
-    for key in ("learning_rate", "initializer_range"):
-        if _is_number(config.get(key)) and not 0 < config[key] < math.inf:
-            raise InputError(f"{key} must be positive, got {config[key]!r}")
-    if _is_number(config.get("gbce_t")) and not 0 <= config["gbce_t"] <= 1:
-        raise InputError(f"gbce_t must lie in [0, 1], got {config['gbce_t']!r}")
+    positive(config, "learning_rate", "initializer_range", "layer_norm_eps")
+    share(config, "min_coverage")
     if str(config["state"]).lower() not in _LEVELS:
         raise InputError(
             f"state must be a level of logging, {', '.join(_LEVELS)}, got {config['state']!r}"
         )
     if not config["checkpoint_dir"]:
         raise InputError("checkpoint_dir must name a folder, got nothing; '.' is the present one")
-    if not 0 <= config["min_coverage"] <= 1:
-        raise InputError(f"min_coverage must lie in [0, 1], got {config['min_coverage']!r}")
     for key, value in config.items():
         if key.endswith("dropout_prob") and isinstance(value, (int, float)) and not 0 <= value < 1:
             raise InputError(f"{key} must lie in [0, 1), got {value!r}")
@@ -364,7 +371,7 @@ def _check_keys(config: Mapping[str, Any], key: str, known: tuple[str, ...]) -> 
     _check_names(key, value, known)
 
 
-def _check_ours(config: Mapping[str, Any], model: type) -> None:
+def _check_ours(config: Mapping[str, Any], model: Any) -> None:
     """What the models of this package, whose loss is a softmax over the catalogue, cannot do."""
     if not hasattr(model, "offered_objectives"):
         return
@@ -377,6 +384,7 @@ def _check_ours(config: Mapping[str, Any], model: type) -> None:
         )
     if str(config["learner"]).lower() == "sparse_adam":
         raise InputError(f"learner: sparse_adam needs sparse gradients, which {name} does not have")
+    model.check_options(config)
 
 
 def _check_training(config: Mapping[str, Any], model: type) -> None:
@@ -395,10 +403,7 @@ def _check_training(config: Mapping[str, Any], model: type) -> None:
     negatives = config.get("train_neg_sample_args") or {}
     if negatives.get("distribution", "uniform") != "none" and negatives.get("sample_num", 1) < 1:
         raise InputError(f"train_neg_sample_args: sample_num must be at least 1, got {negatives!r}")
-    if config.get("hidden_act", "gelu") not in _ACTIVATIONS:
-        raise InputError(
-            f"hidden_act: {config['hidden_act']!r} is unknown; use one of {', '.join(_ACTIVATIONS)}"
-        )
+    one_of(config, "hidden_act", _ACTIVATIONS)
     _check_ours(config, model)
     heads = config.get("n_heads")
     for width in ("hidden_size", "embedding_size"):

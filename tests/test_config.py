@@ -11,7 +11,7 @@ from recbole.model.sequential_recommender import SASRec
 from torch import nn
 
 import recbole_mm
-from recbole_mm.config import DATASETS, Config, parse_value, reusable
+from recbole_mm.config import DATASETS, PROPERTIES, Config, parse_value, reusable
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.models.mufasa import MUFASA
@@ -215,6 +215,37 @@ def test_what_recbole_would_trip_over_is_refused(line, match):
 )
 def test_what_our_models_would_trip_over_is_refused(values, match):
     refused(match, values=values)
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "match"),
+    [
+        ("MUFASA", {"selection": "head"}, "selection: 'head' is unknown; use one of query, query_"),
+        ("MUFASA", {"window_size": 0}, "window_size must be at least 1, got 0"),
+        ("CAMMSR", {"swap_ratio": 1.5}, r"swap_ratio must lie in \[0, 1\], got 1.5"),
+        ("CAMMSR", {"contrast_temperature": 0.0}, "contrast_temperature must be positive, got 0.0"),
+        ("CAMMSR", {"category_weight_sign": 2}, "sign: 2 is unknown; use one of 1, -1"),
+        ("MDSRec", {"interest_attention": "center"}, "interest_attention: 'center' is unknown"),
+        ("SASRecFast", {"loss_memory_mb": 0}, "loss_memory_mb must be at least 1"),
+    ],
+    ids=str,
+)
+def test_options_of_a_model_are_refused_by_the_model_that_reads_them(model, values, match):
+    refused(match, model=model, values=values)
+
+
+UNBOUND = {"anchor_modality"}  # a warning of the run: which modalities there are says the data
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PROPERTIES / "model").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_no_key_of_a_model_takes_just_any_word_or_number(path):
+    known = yaml.safe_load(path.read_text(encoding="utf-8"))
+    wrong = {str: "nonsense", int: -7, float: -7.5}
+    tried = {key: wrong[type(value)] for key, value in known.items() if type(value) in wrong}
+    for key in tried.keys() - UNBOUND:
+        refused(rf"{key}\b", model=path.stem, values={key: tried[key]})
 
 
 def test_a_category_field_is_one_column():

@@ -46,6 +46,8 @@ logger = logging.getLogger(__name__)
 GRAPH_VERSION = 2
 """Raise it when a change here changes edges: every cache file of before is then a miss."""
 
+RELATION_GRAPHS = ("smooth", "mix")
+
 IntArray: TypeAlias = npt.NDArray[np.integer[Any]]
 FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
 
@@ -271,8 +273,11 @@ def modal_graph(
     Raises:
         ValueError: If an option is unknown or out of range.
     """
-    if relation_graph not in ("smooth", "mix"):
-        raise ValueError(f"relation_graph: {relation_graph!r} is unknown; use smooth or mix")
+    if relation_graph not in RELATION_GRAPHS:
+        raise ValueError(
+            f"relation_graph: {relation_graph!r} is unknown; use one of "
+            f"{', '.join(RELATION_GRAPHS)}"
+        )
     if not 0 <= mix_beta <= 1:
         raise ValueError(f"mix_beta must lie in [0, 1], got {mix_beta}")
     together = behaviour[items][:, items]  # (n, n)

@@ -15,6 +15,7 @@ from recbole.utils import InputType
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from recbole_mm import config_rules
 from recbole_mm.errors import InputError
 from recbole_mm.losses.ranking import gbce_loss, next_item_cross_entropy
 
@@ -73,6 +74,22 @@ class MultimodalSequentialRecommender(SequentialRecommender):
             values: The resolved configuration.
         """
         return ("last", "all")
+
+    @classmethod
+    def check_options(cls, values: Mapping[str, Any]) -> None:
+        """Refuse values of the model's own keys, before any data is read.
+
+        A model of one's own may add rules; :mod:`recbole_mm.config_rules` has words for them.
+
+        Args:
+            values: The resolved configuration.
+
+        Raises:
+            InputError: On a value that the model cannot have.
+        """
+        config_rules.at_least(values, 1, "loss_memory_mb")
+        config_rules.at_least(values, 0, "n_negatives")
+        config_rules.share(values, "gbce_t")
 
     def __init__(self, config: Config, dataset: MultimodalSequentialDataset) -> None:
         super().__init__(config, dataset)

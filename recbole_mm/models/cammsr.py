@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_mm.config_rules import at_least, one_of, positive, share
 from recbole_mm.errors import InputError
 from recbole_mm.explain import Table, by_activity, by_category
 from recbole_mm.layers.encoder import TransformerEncoder, normalisation
@@ -38,7 +39,15 @@ from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.losses.contrastive import in_batch_info_nce
 from recbole_mm.losses.ranking import next_item_cross_entropy
 from recbole_mm.models.base import MultimodalSequentialRecommender
-from recbole_mm.modules.category_experts import CategoryGuidance, CategoryGuidedExperts, Fused
+from recbole_mm.modules.category_experts import (
+    GATES,
+    POOLS,
+    REDUCTIONS,
+    SIGNS,
+    CategoryGuidance,
+    CategoryGuidedExperts,
+    Fused,
+)
 from recbole_mm.ops.augmentation import swap, swap_mask
 from recbole_mm.ops.packing import Packing
 
@@ -88,6 +97,20 @@ class CAMMSR(MultimodalSequentialRecommender):
         causal = values["gate_causal"] or values["gate"] == "linear"
         return ("last", "all") if causal else ("last",)
 
+    @classmethod
+    def check_options(cls, values: Mapping[str, Any]) -> None:
+        """As in the base class."""
+        super().check_options(values)
+        at_least(values, 1, "n_experts")
+        at_least(values, 0, "contrast_weight", "category_loss_weight")
+        positive(values, "contrast_temperature")
+        share(values, "swap_ratio")
+        one_of(values, "input_norm", INPUT_NORMS)
+        one_of(values, "gate", GATES)
+        one_of(values, "category_weight_sign", SIGNS)
+        one_of(values, "category_reduction", REDUCTIONS)
+        one_of(values, "category_pool", POOLS)
+
     def __init__(self, config: Config, dataset: MultimodalSequentialDataset) -> None:
         super().__init__(config, dataset)
 
@@ -104,7 +127,6 @@ class CAMMSR(MultimodalSequentialRecommender):
         M = len(self.modality_names)
         pairs = _pairs(config["swap_pairs"], self.modality_names)
         categories = _categories(config, dataset, M)
-        _check_ranges(config)
 
         # layers, in the order in which the data meets them
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
@@ -401,19 +423,3 @@ def _categories(config: Config, dataset: MultimodalSequentialDataset, n_modaliti
             "that holds them, or category_guided: False"
         )
     return table.multi_hot
-
-
-def _check_ranges(config: Config) -> None:
-    if config["input_norm"] not in INPUT_NORMS:
-        raise InputError(
-            f"input_norm: {config['input_norm']!r} is unknown; use one of {', '.join(INPUT_NORMS)}"
-        )
-    if not 0 <= config["swap_ratio"] <= 1:
-        raise InputError(f"swap_ratio must lie in [0, 1], got {config['swap_ratio']!r}")
-    if not config["contrast_temperature"] > 0:
-        raise InputError(
-            f"contrast_temperature must be positive, got {config['contrast_temperature']!r}"
-        )
-    for key in ("contrast_weight", "category_loss_weight"):
-        if not config[key] >= 0:
-            raise InputError(f"{key} must not be negative, got {config[key]!r}; use 0 for none")

@@ -31,6 +31,7 @@ import scipy.sparse as sp
 import torch
 from torch import Tensor, nn
 
+from recbole_mm.config_rules import at_least, one_of, share
 from recbole_mm.data import item_graph
 from recbole_mm.errors import InputError
 from recbole_mm.explain import Table, by_activity
@@ -39,6 +40,7 @@ from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.modules.modality_interest import (
     ATTENTIONS,
     CAUSAL,
+    FUSIONS,
     History,
     InterestFusion,
     ItemRelations,
@@ -90,9 +92,18 @@ class MDSRec(MultimodalSequentialRecommender):
     @classmethod
     def offered_objectives(cls, values: Mapping[str, Any]) -> tuple[str, ...]:
         """``all`` only with an attention that sees no later item."""
-        # one that does not exist is refused by its name, in the constructor
-        not_causal = values["interest_attention"] in set(ATTENTIONS) - set(CAUSAL)
-        return ("last",) if not_causal else ("last", "all")
+        return ("last", "all") if values["interest_attention"] in CAUSAL else ("last",)
+
+    @classmethod
+    def check_options(cls, values: Mapping[str, Any]) -> None:
+        """As in the base class."""
+        super().check_options(values)
+        at_least(values, 1, "behaviour_window", "knn_k", "k_interests")
+        at_least(values, 0, "behaviour_k", "n_graph_layers")
+        share(values, "mix_beta")
+        one_of(values, "relation_graph", item_graph.RELATION_GRAPHS)
+        one_of(values, "interest_attention", ATTENTIONS)
+        one_of(values, "fusion", FUSIONS)
 
     def __init__(self, config: Config, dataset: MultimodalSequentialDataset) -> None:
         super().__init__(config, dataset)

@@ -25,20 +25,28 @@ size.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_mm.config_rules import at_least, one_of, positive
 from recbole_mm.explain import Table, by_activity, by_category
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.models.base import MultimodalSequentialRecommender
-from recbole_mm.modules.multimodal_fusion import FUSION_TERMS, FusionLosses, MultimodalFusion
-from recbole_mm.modules.sparse_alignment import SparseAlignmentEncoder
+from recbole_mm.modules.multimodal_fusion import (
+    COLLABORATIVE_TARGETS,
+    DISTRIBUTIONS,
+    FUSION_TERMS,
+    FusionLosses,
+    MultimodalFusion,
+)
+from recbole_mm.modules.sparse_alignment import COMPRESSIONS, SparseAlignmentEncoder
 from recbole_mm.ops.masking import padding_mask
+from recbole_mm.ops.sparse_attention import SELECTIONS
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
@@ -71,6 +79,20 @@ class MUFASA(MultimodalSequentialRecommender):
     """
 
     samples_negatives = True
+
+    @classmethod
+    def check_options(cls, values: Mapping[str, Any]) -> None:
+        """As in the base class."""
+        super().check_options(values)
+        at_least(values, 0, *(f"{term}_weight" for term in FUSION_TERMS), "mfl_pretrain_epochs")
+        at_least(values, 1, "mfl_batch_items", "window_size", "block_size", "n_selected_blocks")
+        at_least(values, -1, "cross_genre_threshold")
+        positive(values, "temperature", "structure_temperature")
+        one_of(values, "collaborative_target", COLLABORATIVE_TARGETS)
+        one_of(values, "distribution", DISTRIBUTIONS)
+        one_of(values, "selection", SELECTIONS)
+        one_of(values, "compression", COMPRESSIONS)
+        one_of(values, "position", POSITIONS)
 
     def __init__(self, config: Config, dataset: MultimodalSequentialDataset) -> None:
         super().__init__(config, dataset)
@@ -148,10 +170,6 @@ class MUFASA(MultimodalSequentialRecommender):
         )
         self.loss_names = ("next_item", *self.joint_terms)
 
-        if config["position"] not in POSITIONS:
-            raise ValueError(
-                f"position: {config['position']!r} is unknown; use one of {', '.join(POSITIONS)}"
-            )
         self.position_embedding = (
             nn.Embedding(self.max_seq_length, hidden_size)  # p
             if config["position"] == "learned"

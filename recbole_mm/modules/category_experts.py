@@ -22,6 +22,7 @@ from recbole_mm.ops.packing import Packing
 GATES = ("attentive", "linear")
 REDUCTIONS = ("sum", "mean")
 POOLS = ("multihot", "max")
+SIGNS = (1, -1)
 
 
 class Guidance(NamedTuple):
@@ -82,8 +83,7 @@ class CategoryGuidance(nn.Module):
         super().__init__()
         if n_categories < 1:
             raise ValueError("there is no category to be guided by; set category_guided: False")
-        if sign not in (1, -1):
-            raise ValueError(f"category_weight_sign must be 1 or -1, got {sign!r}")
+        _check_choice("category_weight_sign", sign, SIGNS)
         _check_choice("category_reduction", reduction, REDUCTIONS)
         _check_choice("category_pool", pool, POOLS)
         self.sign = sign
@@ -215,6 +215,6 @@ class CategoryGuidedExperts(nn.Module):
         return Fused(e + weights.unsqueeze(-1) * mixed, weights, category_loss)
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}: {value!r} is unknown; use one of {', '.join(choices)}")
+        raise ValueError(f"{name}: {value!r} is unknown; use one of {', '.join(map(str, choices))}")

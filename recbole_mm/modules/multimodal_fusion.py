@@ -31,6 +31,8 @@ from recbole_mm.losses.contrastive import (
 from recbole_mm.ops.masking import masked_mean, masked_softmax
 
 FUSION_TERMS = ("semantic", "collaborative", "structure", "distribution")
+COLLABORATIVE_TARGETS = ("id", "cooccurrence")
+DISTRIBUTIONS = ("gaussian", "uniformity")
 
 
 class MultimodalFusion(nn.Module):
@@ -218,13 +220,14 @@ class FusionLosses(nn.Module):
         for name in ("temperature", "structure_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if collaborative_target not in ("id", "cooccurrence"):
+        if collaborative_target not in COLLABORATIVE_TARGETS:
             raise ValueError(
-                f"collaborative_target: {collaborative_target!r} is unknown; use id or cooccurrence"
+                f"collaborative_target: {collaborative_target!r} is unknown; use one of "
+                f"{', '.join(COLLABORATIVE_TARGETS)}"
             )
-        if distribution not in ("gaussian", "uniformity"):
+        if distribution not in DISTRIBUTIONS:
             raise ValueError(
-                f"distribution: {distribution!r} is unknown; use gaussian or uniformity"
+                f"distribution: {distribution!r} is unknown; use one of {', '.join(DISTRIBUTIONS)}"
             )
         self.anchor = anchor
         self.cross_genre_threshold = cross_genre_threshold

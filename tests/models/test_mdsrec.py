@@ -407,10 +407,6 @@ def test_concat_has_no_modality_weights(world):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"relation_graph": "smoth"}, "relation_graph: 'smoth' is unknown"),
-        ({"interest_attention": "center"}, "interest_attention: 'center' is unknown"),
-        ({"fusion": "gate"}, "fusion: 'gate' is unknown"),
-        ({"n_graph_layers": -1}, "n_graph_layers must be at least 0"),
         ({"use_id": False, "modalities": "[]"}, "nothing describes an item"),
     ],
 )

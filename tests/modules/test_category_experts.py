@@ -145,7 +145,7 @@ def test_huge_errors_give_finite_weights_and_gradients():
     ("choice", "message"),
     [
         ({"n_categories": 0}, "no category"),
-        ({"sign": 0}, "category_weight_sign must be 1 or -1, got 0"),
+        ({"sign": 0}, "category_weight_sign: 0 is unknown; use one of 1, -1"),
         ({"reduction": "max"}, "category_reduction: 'max' is unknown; use one of sum, mean"),
         ({"pool": "sum"}, "category_pool: 'sum' is unknown; use one of multihot, max"),
     ],

@@ -363,9 +363,9 @@ def test_unknown_settings_are_refused():
         fusion_losses(semantic_weight=-1)
     with pytest.raises(ValueError, match="structure_temperature must be positive, got 0"):
         fusion_losses(structure_temperature=0)
-    with pytest.raises(ValueError, match="'ids' is unknown; use id or cooccurrence"):
+    with pytest.raises(ValueError, match="'ids' is unknown; use one of id, cooccurrence"):
         fusion_losses(collaborative_target="ids")
-    with pytest.raises(ValueError, match="'normal' is unknown; use gaussian or uniformity"):
+    with pytest.raises(ValueError, match="'normal' is unknown; use one of gaussian, uniformity"):
         fusion_losses(distribution="normal")
 
 
