@@ -263,7 +263,7 @@ def test_normalised_graph_lets_no_signal_grow():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"relation_graph": "smoth"}, "relation_graph: 'smoth' is unknown; use smooth or mix"),
+        ({"relation_graph": "smoth"}, "relation_graph: 'smoth' is unknown; use one of smooth, mix"),
         ({"mix_beta": 1.5}, r"mix_beta must lie in \[0, 1\], got 1.5"),
         ({"knn_k": 0}, "k must be at least 1, got 0"),
     ],
