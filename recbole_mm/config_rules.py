@@ -13,7 +13,7 @@ from typing import Any
 from recbole.evaluator.register import metric_types, metrics_dict
 from recbole.utils import EvaluatorType
 
-from recbole_mm.errors import InputError, nearest
+from recbole_mm.errors import InputError, check_choice, nearest
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 
@@ -146,11 +146,8 @@ def share(values: Mapping[str, Any], *keys: str) -> None:
 
 def one_of(values: Mapping[str, Any], key: str, choices: Iterable[Any]) -> None:
     """Refuse what is none of the choices of a key."""
-    choices = tuple(choices)
-    if key in values and values[key] not in choices:
-        raise InputError(
-            f"{key}: {values[key]!r} is unknown; use one of {', '.join(map(str, choices))}"
-        )
+    if key in values:
+        check_choice(key, values[key], choices)
 
 
 def check_values(config: Mapping[str, Any], *, model: type) -> None:

@@ -37,6 +37,13 @@ class NumericalError(RecboleMMError, ArithmeticError):
     exit_code = 4
 
 
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Refuse the value of an option that is none of its choices."""
+    choices = tuple(choices)
+    if value not in choices:
+        raise InputError(f"{name}: {value!r} is unknown; use one of {', '.join(map(str, choices))}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the most similar known name, else an empty string."""
     by_lower = {candidate.lower(): candidate for candidate in sorted(known)}

@@ -35,7 +35,7 @@ import scipy.sparse as sp
 import torch
 
 from recbole_mm.data.derive import CACHE_MEND, default_cache_dir
-from recbole_mm.errors import EnvironmentFault
+from recbole_mm.errors import EnvironmentFault, check_choice
 from recbole_mm.files import alone, replacing, writing
 
 if TYPE_CHECKING:
@@ -273,11 +273,7 @@ def modal_graph(
     Raises:
         ValueError: If an option is unknown or out of range.
     """
-    if relation_graph not in RELATION_GRAPHS:
-        raise ValueError(
-            f"relation_graph: {relation_graph!r} is unknown; use one of "
-            f"{', '.join(RELATION_GRAPHS)}"
-        )
+    check_choice("relation_graph", relation_graph, RELATION_GRAPHS)
     if not 0 <= mix_beta <= 1:
         raise ValueError(f"mix_beta must lie in [0, 1], got {mix_beta}")
     together = behaviour[items][:, items]  # (n, n)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_mm.errors import check_choice
 from recbole_mm.ops.packing import by_length
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -36,8 +37,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     Raises:
         ValueError: If the name is none of ``gelu``, ``relu``, ``swish``, ``tanh``, ``sigmoid``.
     """
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"hidden_act: {name!r} is unknown; use one of {', '.join(_ACTIVATIONS)}")
+    check_choice("hidden_act", name, _ACTIVATIONS)
     return _ACTIVATIONS[name]
 
 
@@ -69,11 +69,8 @@ def normalisation(name: str, width: int, eps: float) -> nn.Module:
     Raises:
         ValueError: If the name is neither.
     """
-    if name == "layernorm":
-        return nn.LayerNorm(width, eps=eps)
-    if name == "dyt":
-        return DynamicTanh()
-    raise ValueError(f"{name!r} is unknown; use one of dyt, layernorm")
+    check_choice("norm", name, ("dyt", "layernorm"))
+    return DynamicTanh() if name == "dyt" else nn.LayerNorm(width, eps=eps)
 
 
 class FeedForward(nn.Module):

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_mm.errors import check_choice
 from recbole_mm.layers.experts import AttentiveGate, GatedExperts, LinearGate
 from recbole_mm.ops.masking import masked_mean, masked_softmax
 from recbole_mm.ops.packing import Packing
@@ -83,9 +84,9 @@ class CategoryGuidance(nn.Module):
         super().__init__()
         if n_categories < 1:
             raise ValueError("there is no category to be guided by; set category_guided: False")
-        _check_choice("category_weight_sign", sign, SIGNS)
-        _check_choice("category_reduction", reduction, REDUCTIONS)
-        _check_choice("category_pool", pool, POOLS)
+        check_choice("category_weight_sign", sign, SIGNS)
+        check_choice("category_reduction", reduction, REDUCTIONS)
+        check_choice("category_pool", pool, POOLS)
         self.sign = sign
         self.reduction = reduction
         self.pool = pool
@@ -176,7 +177,7 @@ class CategoryGuidedExperts(nn.Module):
         category_pool: str = "multihot",
     ) -> None:
         super().__init__()
-        _check_choice("gate", gate, GATES)
+        check_choice("gate", gate, GATES)
         self.experts = GatedExperts(
             1 if share_experts else n_modalities,
             n_experts,
@@ -213,8 +214,3 @@ class CategoryGuidedExperts(nn.Module):
         else:
             weights, category_loss = self.guidance(seen, present, labels)  # w: (T, M)
         return Fused(e + weights.unsqueeze(-1) * mixed, weights, category_loss)
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: {value!r} is unknown; use one of {', '.join(map(str, choices))}")

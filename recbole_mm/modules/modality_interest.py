@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_mm.errors import check_choice
 from recbole_mm.layers.encoder import FeedForward, TransformerEncoder
 from recbole_mm.ops.masking import masked_mean, masked_softmax, padding_mask
 from recbole_mm.ops.packing import Packing, by_length
@@ -339,10 +340,7 @@ class ModalityInterest(nn.Module):
         layer_norm_eps: float,
     ) -> None:
         super().__init__()
-        if attention not in ATTENTIONS:
-            raise ValueError(
-                f"interest_attention: {attention!r} is unknown; use one of {', '.join(ATTENTIONS)}"
-            )
+        check_choice("interest_attention", attention, ATTENTIONS)
         if n_layers < 1:
             raise ValueError(f"n_layers must be at least 1, got {n_layers}")
         self.attention = attention
@@ -445,8 +443,7 @@ class InterestFusion(nn.Module):
 
     def __init__(self, fusion: str, n_modalities: int, hidden_size: int) -> None:
         super().__init__()
-        if fusion not in FUSIONS:
-            raise ValueError(f"fusion: {fusion!r} is unknown; use one of {', '.join(FUSIONS)}")
+        check_choice("fusion", fusion, FUSIONS)
         self.fusion = fusion if n_modalities > 1 or fusion == "concat" else "sum"
         width = n_modalities * hidden_size
         if self.fusion != "sum":

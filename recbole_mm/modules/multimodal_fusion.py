@@ -16,6 +16,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from recbole_mm.errors import check_choice
 from recbole_mm.layers.encoder import FeedForward
 from recbole_mm.losses.alignment import (
     gaussian_moments,
@@ -220,15 +221,8 @@ class FusionLosses(nn.Module):
         for name in ("temperature", "structure_temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if collaborative_target not in COLLABORATIVE_TARGETS:
-            raise ValueError(
-                f"collaborative_target: {collaborative_target!r} is unknown; use one of "
-                f"{', '.join(COLLABORATIVE_TARGETS)}"
-            )
-        if distribution not in DISTRIBUTIONS:
-            raise ValueError(
-                f"distribution: {distribution!r} is unknown; use one of {', '.join(DISTRIBUTIONS)}"
-            )
+        check_choice("collaborative_target", collaborative_target, COLLABORATIVE_TARGETS)
+        check_choice("distribution", distribution, DISTRIBUTIONS)
         self.anchor = anchor
         self.cross_genre_threshold = cross_genre_threshold
         self.collaborative_target = collaborative_target

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recbole_mm.errors import check_choice
 from recbole_mm.layers.encoder import FeedForward, MultiHeadAttention
 from recbole_mm.ops.masking import padding_mask
 from recbole_mm.ops.packing import by_length
@@ -64,10 +65,7 @@ class BlockCompression(nn.Module):
 
     def __init__(self, hidden_size: int, block_size: int, compression: str = "mlp") -> None:
         super().__init__()
-        if compression not in COMPRESSIONS:
-            raise ValueError(
-                f"compression: {compression!r} is unknown; use one of {', '.join(COMPRESSIONS)}"
-            )
+        check_choice("compression", compression, COMPRESSIONS)
         self.block_size = block_size
         self.compression = compression
         if compression == "mlp":
@@ -173,10 +171,7 @@ class SparseAlignmentAttention(nn.Module):
                 f"rotary positions need heads of even width, got {hidden_size} / {n_heads} = "
                 f"{hidden_size // n_heads}; change hidden_size or n_heads"
             )
-        if selection not in SELECTIONS:
-            raise ValueError(
-                f"selection: {selection!r} is unknown; use one of {', '.join(SELECTIONS)}"
-            )
+        check_choice("selection", selection, SELECTIONS)
         switches = {"window": use_window, "block": use_block, "selected": use_selected}
         branches = [name for name, used in switches.items() if used]
         if not branches:

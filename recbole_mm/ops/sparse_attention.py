@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recbole_mm.errors import check_choice
 from recbole_mm.ops.attention_tools import LN_2, LOG2_E, ChosenBlocks, Dropout
 from recbole_mm.ops.block_attention import block_attention, choose_blocks
 from recbole_mm.ops.masking import masked_softmax, padding_mask
@@ -100,8 +101,7 @@ def sparse_attention(
     _check(key, value, length, block_size, window_size, block_key, block_value)
     _check_options(n_selected_blocks, selection, dropout, block_key)
     _check_gate(query, gate, window_size, block_value, n_selected_blocks)
-    if form not in FORMS:
-        raise ValueError(f"form: {form!r} is unknown; use one of {', '.join(FORMS)}")
+    check_choice("form", form, FORMS)
     B, H, L, d = query.shape
     gate = gate.to(query.dtype)  # autocast leaves gates in float32
     query, key, value, gate = _without_padding(length, query, key, value, gate)
@@ -364,8 +364,7 @@ def _check(
 def _check_options(
     n_selected_blocks: int | None, selection: str, dropout: float, block_key: Tensor | None
 ) -> None:
-    if selection not in SELECTIONS:
-        raise ValueError(f"selection: {selection!r} is unknown; use one of {', '.join(SELECTIONS)}")
+    check_choice("selection", selection, SELECTIONS)
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if n_selected_blocks is None:
