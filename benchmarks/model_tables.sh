@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # The tables of CAMMSR and MDSRec, their options and parts left out, beside the baselines: every
 # data set, three seeds, one protocol. What is finished is not run again. Without an argument all
-# of them, which wants a GPU; or name some of: amazon_cammsr amazon_mdsrec ml100k_cammsr
-# ml100k_mdsrec microlens beauty_toys.
+# of them, which wants a GPU; or name some of: amazon ml100k microlens beauty_toys.
 #
-#     DATA=../shared/data benchmarks/model_tables.sh amazon_mdsrec
+#     DATA=../shared/data benchmarks/model_tables.sh amazon
 #     DATA=../shared/data JOBS=4 SEEDS=3 benchmarks/model_tables.sh          # on a GPU
 set -euo pipefail
 data=${DATA:?set DATA to the folder above amazon-scientific-clip}
@@ -21,33 +20,30 @@ compare() { # a name, then models and the rest
 }
 long=(--epochs=60 --stopping_step=6)
 
-amazon_cammsr() {
-    compare "$FUNCNAME" 'SASRec,SASRecF,GRU4Rec,SASRecMM,CAMMSR,CAMMSR+*' \
-        --datasets=amazon-scientific-clip "${long[@]}" '--selected_features=[categories]'
-}
-amazon_mdsrec() {
-    compare "$FUNCNAME" 'SASRec,SASRecF,GRU4RecF,LightGCN,SASRecMM,MDSRec,MDSRec+*' \
+baselines=SASRec,SASRecFast,SASRecF,GRU4Rec,GRU4RecF,LightGCN,SASRecMM
+
+amazon() {
+    compare "$FUNCNAME" "$baselines,CAMMSR,CAMMSR+*,MDSRec,MDSRec+*" \
         --datasets=amazon-scientific-clip "${long[@]}" '--selected_features=[categories]'
 }
 # histories are long here: CAMMSR as printed costs a hundred times its causal form
-ml100k_cammsr() {
+ml100k() {
     compare "$FUNCNAME" \
-        "SASRec,SASRecFast,SASRecF,GRU4Rec,SASRecMM,CAMMSR+causal$(printf ',CAMMSR+causal+%s' "${causal[@]}")" \
-        --datasets=ml-100k-mm "${long[@]}" '--selected_features=[categories]'
-}
-ml100k_mdsrec() {
-    compare "$FUNCNAME" 'SASRec,SASRecFast,SASRecF,GRU4RecF,LightGCN,SASRecMM,MDSRec,MDSRec+*' \
+        "$baselines,CAMMSR+causal$(printf ',CAMMSR+causal+%s' "${causal[@]}"),MDSRec,MDSRec+*" \
         --datasets=ml-100k-mm "${long[@]}" '--selected_features=[categories]'
 }
 microlens() { # titles only, and no column that SASRecF could read
     compare "$FUNCNAME" 'SASRec,SASRecFast,GRU4Rec,LightGCN,SASRecMM,MDSRec,MDSRec+*' \
         --datasets=microlens-50k "${long[@]}"
 }
-beauty_toys() { # RecBole's SASRec there says whether our protocol is the paper's
-    compare "$FUNCNAME" 'SASRec,SASRecFast,GRU4Rec,SASRecMM,CAMMSR,CAMMSR+paper_values,CAMMSR+causal' \
-        --datasets=amazon-beauty-attr,amazon-toys-attr "${long[@]}"
+# RecBole's SASRec there says whether our protocol is the paper's; SASRecFast+prefixes is the same for less
+beauty_toys() {
+    compare "$FUNCNAME" \
+        'SASRec,SASRecFast+prefixes,SASRecFast,GRU4Rec,SASRecMM,CAMMSR,CAMMSR+paper_values,CAMMSR+causal' \
+        --datasets=amazon-beauty-attr,amazon-toys-attr "${long[@]}" \
+        --variants="$(dirname "$0")/variants/objective.yaml"
 }
 
-for table in "${@:-amazon_cammsr amazon_mdsrec ml100k_cammsr ml100k_mdsrec microlens beauty_toys}"; do
+for table in "${@:-amazon ml100k microlens beauty_toys}"; do
     for name in $table; do "$name"; done
 done
