@@ -33,10 +33,15 @@ class PretendGPU(TorchFunctionMode):
         super().__init__()
         self.on_gpu = WeakTensorKeyDictionary()  # Tensor -> bool
 
-    def move(self, module: nn.Module) -> None:
+    def move(self, model: nn.Module) -> None:
         """Put parameters and buffers on the pretended GPU."""
-        for tensor in (*module.parameters(), *module.buffers()):
-            self.on_gpu[tensor] = True
+        for parameter in model.parameters():
+            self.on_gpu[parameter] = True
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:  # another tensor, as it would be: the old one may be shared
+                    module._buffers[name] = buffer.view_as(buffer)
+                    self.on_gpu[module._buffers[name]] = True
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from pandas.testing import assert_frame_equal
 from torch import nn
 from torch.testing import assert_close
 
 from recbole_mm.evaluation import per_user
+from recbole_mm.explain import gather
 from recbole_mm.models import mdsrec, mufasa  # noqa: F401  (so that their operations are known)
 from recbole_mm.registry import MODELS
 from tests.models.conftest import build
@@ -123,3 +125,15 @@ def test_an_epoch_is_trained_there(name, gpu, build_trainer):
     with gpu:
         trainer.fit(world.train, world.valid, saved=False, show_progress=False)
     assert all(gpu.on_gpu.get(x) for x in world.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["MUFASA", "CAMMSR", "MDSRec"])
+def test_explanations_are_those_of_the_cpu(name, gpu):
+    world = build(name, use_gpu=False)
+    loaders = (world.train, world.valid, world.test)
+    here = world.model.explain(gather(world.model, world.dataset, loaders))
+    put(world, gpu)
+    with gpu:
+        there = world.model.explain(gather(world.model, world.dataset, loaders))
+    for table, other in zip(here.values(), there.values(), strict=True):
+        assert_frame_equal(table.frame, other.frame, rtol=1e-3, atol=1e-6)
