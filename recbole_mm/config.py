@@ -410,6 +410,12 @@ def reads_features(config: RecBoleConfig) -> bool:
     return bool(getattr(config.model_class, "consumes_features", False))
 
 
+def reads_columns(model: str) -> bool:
+    """Whether a model of RecBole reads the columns of ``.item`` in ``selected_features``."""
+    file = RECBOLE_PROPERTIES / "model" / f"{model}.yaml"
+    return file.is_file() and "selected_features" in read_yaml(file)
+
+
 def digest_of_data(config: Config) -> str:
     """Hash of the contents of the atomic files and, for a model that reads them, of features."""
     folder, dataset = Path(config["data_path"]), config["dataset"]

@@ -23,6 +23,7 @@ from recbole_mm.compare.cells import Outcome, fingerprint
 from recbole_mm.compare.plan import Row
 from recbole_mm.compare.significance import Comparison
 from recbole_mm.compare.users import users_frame
+from recbole_mm.config import reads_columns
 from recbole_mm.errors import InputError, nearest
 from recbole_mm.evaluation import PerUser
 from recbole_mm.protocol import Protocol, assert_comparable
@@ -126,8 +127,10 @@ class RowResult:
 
     @property
     def reads(self) -> str:
-        """Modalities that the model reads."""
+        """Modalities, or columns of ``.item``, that the model reads."""
         names = [modality["name"] for modality in self.results[0]["data"]["modalities"]]
+        if reads_columns(self.row.model):
+            names += self.outcomes[0].cell.values["selected_features"]
         return ", ".join(names) or "ids"
 
     @property

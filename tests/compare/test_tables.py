@@ -101,6 +101,13 @@ def test_the_texts_of_tokens_are_held_once_for_all_cells(judged):
             assert all(mine is theirs for mine, theirs in pairs)
 
 
+def test_a_row_says_what_its_model_reads(tmp_path):
+    world = World(tmp_path)
+    columns = {"selected_features": ["genres", "year"]}  # known to every model, read by some
+    rows = [world.row(model, 0.0, values=columns) for model in ("SASRec", "SASRecF", "MUFASA")]
+    assert [row.reads for row in table_of(*rows).rows] == ["ids", "genres, year", "ids"]
+
+
 def line_about(table, words):
     (line,) = (line for line in caption(table, MARKS) if words in line)
     return line
