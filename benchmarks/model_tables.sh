@@ -16,31 +16,30 @@ compare() { # a name, then models and the rest
     shift 2
     recbole-mm compare --data_path="$data" --out="$out/$name" --jobs="${JOBS:-2}" \
         --seeds="${SEEDS:-3}" --models="$models" --MAX_ITEM_LIST_LENGTH=50 \
-        --show=NDCG@10,NDCG@5,MRR@10,MRR@5,Hit@10,Hit@5 "$@"
+        --epochs=60 --stopping_step=6 --show=NDCG@10,NDCG@5,MRR@10,MRR@5,Hit@10,Hit@5 "$@"
 }
-long=(--epochs=60 --stopping_step=6)
-
 baselines=SASRec,SASRecFast,SASRecF,GRU4Rec,GRU4RecF,LightGCN,SASRecMM
 
 amazon() {
     compare "$FUNCNAME" "$baselines,CAMMSR,CAMMSR+*,MDSRec,MDSRec+*" \
-        --datasets=amazon-scientific-clip "${long[@]}" '--selected_features=[categories]'
+        --datasets=amazon-scientific-clip '--selected_features=[categories]'
 }
 # histories are long here: CAMMSR as printed costs a hundred times its causal form
 ml100k() {
     compare "$FUNCNAME" \
         "$baselines,CAMMSR+causal$(printf ',CAMMSR+causal+%s' "${causal[@]}"),MDSRec,MDSRec+*" \
-        --datasets=ml-100k-mm "${long[@]}" '--selected_features=[categories]'
+        --datasets=ml-100k-mm '--selected_features=[categories]'
 }
 microlens() { # titles only, and no column that SASRecF could read
     compare "$FUNCNAME" 'SASRec,SASRecFast,GRU4Rec,LightGCN,SASRecMM,MDSRec,MDSRec+*' \
-        --datasets=microlens-50k "${long[@]}"
+        --datasets=microlens-50k
 }
-# RecBole's SASRec there says whether our protocol is the paper's; SASRecFast+prefixes is the same for less
+# RecBole's SASRec there says whether our protocol is the paper's; SASRecFast+prefixes is the same
+# for less
 beauty_toys() {
     compare "$FUNCNAME" \
         'SASRec,SASRecFast+prefixes,SASRecFast,GRU4Rec,SASRecMM,CAMMSR,CAMMSR+paper_values,CAMMSR+causal' \
-        --datasets=amazon-beauty-attr,amazon-toys-attr "${long[@]}" \
+        --datasets=amazon-beauty-attr,amazon-toys-attr \
         --variants="$(dirname "$0")/variants/objective.yaml"
 }
 

@@ -14,6 +14,7 @@ from recbole.evaluator.register import metric_types, metrics_dict
 from recbole.utils import EvaluatorType
 
 from recbole_mm.errors import InputError, check_choice, nearest
+from recbole_mm.layers.encoder import ACTIVATIONS
 
 OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 
@@ -355,9 +356,6 @@ def _check_number_type(config: Mapping[str, Any]) -> None:
         )
 
 
-_ACTIVATIONS = ("gelu", "relu", "swish", "tanh", "sigmoid")  # of RecBole's Transformers
-
-
 def _check_keys(config: Mapping[str, Any], key: str, known: tuple[str, ...]) -> None:
     """Refuse what is no mapping, or has a name that RecBole does not read."""
     value = config.get(key)
@@ -400,7 +398,7 @@ def _check_training(config: Mapping[str, Any], model: type) -> None:
     negatives = config.get("train_neg_sample_args") or {}
     if negatives.get("distribution", "uniform") != "none" and negatives.get("sample_num", 1) < 1:
         raise InputError(f"train_neg_sample_args: sample_num must be at least 1, got {negatives!r}")
-    one_of(config, "hidden_act", _ACTIVATIONS)
+    one_of(config, "hidden_act", ACTIVATIONS)
     _check_ours(config, model)
     heads = config.get("n_heads")
     for width in ("hidden_size", "embedding_size"):

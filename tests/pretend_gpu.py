@@ -21,7 +21,6 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 _GETTERS = {
     Tensor.device.__get__: lambda gpu: CUDA if gpu else CPU,
     Tensor.is_cuda.__get__: bool,
-    Tensor.is_cpu.__get__: lambda gpu: not gpu,
 }
 _INDEXING = ("__getitem__", "__setitem__", "index_put_", "index_put")  # may take indices of the CPU
 
@@ -46,15 +45,15 @@ class PretendGPU(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
         if func in _GETTERS:
             return _GETTERS[func](self.on_gpu.get(args[0]) is not False)
-        if name in ("to", "cuda", "cpu", "type_as"):
-            return self._move(func, name, args, kwargs)
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
         place = None
         if kwargs.get("device") is not None:
             place, kwargs["device"] = _is_gpu(kwargs["device"]), CPU
+        if name in ("to", "cpu"):
+            return self._move(func, args, kwargs, False if name == "cpu" else place)
         tensors = list(_tensors((args, kwargs)))
         there = [x for x in tensors if self.on_gpu.get(x) is True]
         here = [x for x in tensors if self.on_gpu.get(x) is False]
@@ -81,20 +80,18 @@ class PretendGPU(TorchFunctionMode):
                 f"{[tuple(x.shape) for x in strangers]}"
             )
 
-    def _move(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def _move(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], place: bool | None
+    ) -> Tensor:
         tensor, *rest = args
-        place = {"cuda": True, "cpu": False}.get(name)
-        others = list(rest) if name in ("to", "type_as") else []
-        for i, x in enumerate(others):
+        for i, x in enumerate(rest):
             if isinstance(x, (torch.device, str)):
-                place, others[i] = _is_gpu(x), CPU
+                place, rest[i] = _is_gpu(x), CPU
             elif isinstance(x, Tensor):
                 place = self.on_gpu.get(x) is not False
-        if kwargs.get("device") is not None:
-            place, kwargs["device"] = _is_gpu(kwargs["device"]), CPU
         before: bool | None = self.on_gpu.get(tensor)
-        out: Tensor = tensor.view_as(tensor) if name == "cuda" else func(tensor, *others, **kwargs)
         place = before if place is None else place
+        out: Tensor = func(tensor, *rest, **kwargs)
         if out is tensor and place is not before:
             out = tensor.clone()  # of its own, as on a device of its own
         if place is not None:
@@ -102,8 +99,8 @@ class PretendGPU(TorchFunctionMode):
         return out
 
 
-def _is_gpu(device: torch.device | str | int) -> bool:
-    return isinstance(device, int) or torch.device(device).type == "cuda"
+def _is_gpu(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:

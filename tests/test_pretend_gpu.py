@@ -9,13 +9,13 @@ from torch import nn
 from torch.testing import assert_close
 
 from recbole_mm.evaluation import per_user
-from recbole_mm.explain import gather
 from recbole_mm.models import mdsrec, mufasa  # noqa: F401  (so that their operations are known)
 from recbole_mm.registry import MODELS
 from tests.models.conftest import build
 from tests.pretend_gpu import CUDA, PretendGPU
+from tests.test_device import FIXED
+from tests.test_explain import material
 
-FIXED = {"hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0}
 LONG = {"MAX_ITEM_LIST_LENGTH": 50, "window_size": 4, "block_size": 4, "n_selected_blocks": 2}
 CASES = [
     ("MUFASA", {**LONG, "selection": "query"}),
@@ -130,10 +130,9 @@ def test_an_epoch_is_trained_there(name, gpu, build_trainer):
 @pytest.mark.parametrize("name", ["MUFASA", "CAMMSR", "MDSRec"])
 def test_explanations_are_those_of_the_cpu(name, gpu):
     world = build(name, use_gpu=False)
-    loaders = (world.train, world.valid, world.test)
-    here = world.model.explain(gather(world.model, world.dataset, loaders))
+    here = world.model.explain(material(world))
     put(world, gpu)
     with gpu:
-        there = world.model.explain(gather(world.model, world.dataset, loaders))
+        there = world.model.explain(material(world))
     for table, other in zip(here.values(), there.values(), strict=True):
         assert_frame_equal(table.frame, other.frame, rtol=1e-3, atol=1e-6)

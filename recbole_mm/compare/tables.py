@@ -125,7 +125,7 @@ class RowResult:
         frame["error"] = frame.get("error", pd.Series("", index=frame.index)).fillna("")
         return frame.sort_values(["modality", "percent", "seed"], ignore_index=True)
 
-    @property
+    @cached_property
     def reads(self) -> str:
         """Modalities, or columns of ``.item``, that the model reads."""
         names = [modality["name"] for modality in self.results[0]["data"]["modalities"]]

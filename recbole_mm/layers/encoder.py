@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from recbole_mm.errors import check_choice
 from recbole_mm.ops.packing import by_length
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,  # erf form, as RecBole's
     "relu": F.relu,
     "swish": F.silu,
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
 }
+NORMS = ("dyt", "layernorm")
 
 
 def activation(name: str) -> Callable[[Tensor], Tensor]:
@@ -37,8 +38,8 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     Raises:
         ValueError: If the name is none of ``gelu``, ``relu``, ``swish``, ``tanh``, ``sigmoid``.
     """
-    check_choice("hidden_act", name, _ACTIVATIONS)
-    return _ACTIVATIONS[name]
+    check_choice("hidden_act", name, ACTIVATIONS)
+    return ACTIVATIONS[name]
 
 
 class DynamicTanh(nn.Module):
@@ -69,7 +70,7 @@ def normalisation(name: str, width: int, eps: float) -> nn.Module:
     Raises:
         ValueError: If the name is neither.
     """
-    check_choice("norm", name, ("dyt", "layernorm"))
+    check_choice("norm", name, NORMS)
     return DynamicTanh() if name == "dyt" else nn.LayerNorm(width, eps=eps)
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from recbole_mm.config_rules import at_least, one_of, positive, share
 from recbole_mm.errors import InputError
 from recbole_mm.explain import Table, by_activity, by_category
-from recbole_mm.layers.encoder import TransformerEncoder, normalisation
+from recbole_mm.layers.encoder import NORMS, TransformerEncoder, normalisation
 from recbole_mm.layers.experts import AttentiveGate, GatedExperts, LinearGate
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.losses.contrastive import in_batch_info_nce
@@ -57,8 +57,6 @@ if TYPE_CHECKING:
     from recbole_mm.config import Config
     from recbole_mm.data.sequential_dataset import MultimodalSequentialDataset
     from recbole_mm.explain import Material
-
-INPUT_NORMS = ("dyt", "layernorm")
 
 
 class CAMMSR(MultimodalSequentialRecommender):
@@ -105,7 +103,7 @@ class CAMMSR(MultimodalSequentialRecommender):
         at_least(values, 0, "contrast_weight", "category_loss_weight")
         positive(values, "contrast_temperature")
         share(values, "swap_ratio")
-        one_of(values, "input_norm", INPUT_NORMS)
+        one_of(values, "input_norm", NORMS)
         one_of(values, "gate", GATES)
         one_of(values, "category_weight_sign", SIGNS)
         one_of(values, "category_reduction", REDUCTIONS)
@@ -352,7 +350,8 @@ class CAMMSR(MultimodalSequentialRecommender):
         )
         if views is not None:
             first, second = torch.cat(view_states)[self.view_place].chunk(2)  # (P, B, D) each
-            has = self.present[item_seq].any(1).T[self.pairs]  # (2, P, B); padding has the id only
+            seen = self.present[item_seq] & packing.real.unsqueeze(-1)  # (B, L, M)
+            has = seen.any(1).T[self.pairs]  # (2, P, B)
 
             def pair_loss(one: Tensor, other: Tensor, both: Tensor) -> Tensor:
                 return in_batch_info_nce(

@@ -315,13 +315,15 @@ def test_the_rows_of_missing_features_have_no_influence():
 
 
 @pytest.mark.parametrize("objective", ["last", "all"])
-def test_what_stands_in_padding_and_the_padded_length_do_not_matter(objective):
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_what_stands_in_padding_and_the_padded_length_do_not_matter(objective, by_hand):
     model = cammsr(gate_causal=objective == "all", train_objective=objective)
-    batch = training_batch(objective)[:20]
+    batch = handmade(objective == "all")[2] if by_hand else training_batch(objective)[:20]
     expected = loss(model, batch)
     changed = copy.deepcopy(batch)
-    padding = torch.arange(12) >= changed["item_length"][:, None]
-    changed["item_id_list"][padding] = 9
+    history = changed["item_id_list"]
+    padding = torch.arange(history.size(1)) >= changed["item_length"][:, None]
+    history[padding] = incomplete_items()[3]  # one that has what others of its row lack
     assert_close(loss(model, changed), expected)
     wider = Interaction(
         {
