@@ -5,7 +5,7 @@ A model takes part by one method, ``explain(material) -> {name: Table}``; everyt
 =======================  ==========================================================
 what a model is given    :class:`Material`, :func:`gather`
 what it gives            :class:`Table`
-means of weights         :func:`by_activity`, :func:`by_category`
+means of weights         :func:`weight_columns`, :func:`by_activity`, :func:`by_category`
 files                    :func:`write`: ``<name>.csv``, and ``<name>.png`` if it can be drawn
 =======================  ==========================================================
 
@@ -49,6 +49,8 @@ _NARROWEST = 0.1  # range of an axis without zero
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DASHES = ("-", "--", "-.", ":")
+
+_TAKEN = ("category", "history_length", "histories", "items", "layer", "positions", "user")
 
 _Array = npt.NDArray[Any]
 
@@ -149,6 +151,15 @@ def gather(
 
 
 # ------------------------------------------------------------------------------- means
+
+
+def weight_columns(modalities: Sequence[str]) -> tuple[str, ...]:
+    """Columns for a number of each modality: its name, with ``_weight`` if tables use it already.
+
+    Modalities may be called ``category``, as that of amazon-beauty-attr, and so is the column that
+    names the groups of :func:`by_category`.
+    """
+    return tuple(f"{name}_weight" if name in _TAKEN else name for name in modalities)
 
 
 def by_activity(users: pd.DataFrame, names: Sequence[str], panel: str | None = None) -> Any:

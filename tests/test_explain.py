@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from pandas.testing import assert_frame_equal
 
 import recbole_mm
 from recbole_mm import explain
@@ -239,6 +240,21 @@ def test_items_are_named_by_token(build):
 
 
 # ------------------------------------------------------------------------- the models
+
+
+@pytest.mark.parametrize("model", TELLING)
+def test_a_modality_may_be_called_as_a_column(model, build):
+    called = (
+        "{category: {path: text.npy, ids: '{dataset}.item', zero: mask}, "
+        "user: {path: image.npy, ids: image_ids.txt}}"
+    )
+    world, twin = build(model, modalities=called), build(model)
+    tables = world.model.explain(material(world))
+    for name, expected in twin.model.explain(material(twin)).items():
+        if "_by_" in name:
+            names = {"text": "category_weight", "image": "user_weight"}
+            assert_frame_equal(tables[name].frame, expected.frame.rename(columns=names))
+            assert tables[name].values == tuple(names.get(key, key) for key in expected.values)
 
 
 def test_cammsr_gives_the_means_of_its_weights(build):

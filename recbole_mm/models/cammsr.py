@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from recbole_mm.config_rules import at_least, one_of, positive, share
 from recbole_mm.errors import InputError
-from recbole_mm.explain import Table, by_activity, by_category
+from recbole_mm.explain import Table, by_activity, by_category, weight_columns
 from recbole_mm.layers.encoder import NORMS, TransformerEncoder, normalisation
 from recbole_mm.layers.experts import AttentiveGate, GatedExperts, LinearGate
 from recbole_mm.layers.projection import ModalityProjection
@@ -247,7 +247,7 @@ class CAMMSR(MultimodalSequentialRecommender):
             ``modality_by_activity``: of each history its mean over positions, then over histories.
             A modality that an item lacks counts with its weight, zero.
         """
-        names, M = list(self.modality_names), len(self.modality_names)
+        names, M = weight_columns(self.modality_names), len(self.modality_names)
         totals = torch.zeros(self.n_items, M, dtype=torch.float64)
         counts = torch.zeros(self.n_items, dtype=torch.int64)
         users = []
@@ -258,7 +258,7 @@ class CAMMSR(MultimodalSequentialRecommender):
             counts += items.bincount(minlength=self.n_items)
             length = real.sum(1)
             mean = weights.double().sum(1) / length[:, None]  # padding weighs zero
-            frame = pd.DataFrame(mean.numpy(), columns=names)
+            frame = pd.DataFrame(mean.numpy(), columns=list(names))
             users.append(frame.assign(history_length=length.numpy()))
         what = "mean weight w of the experts' output"
         return {
@@ -267,13 +267,13 @@ class CAMMSR(MultimodalSequentialRecommender):
                     totals.numpy(), counts.numpy(), names, material.categories, "positions"
                 ),
                 "CAMMSR, test histories: modalities by category",
-                self.modality_names,
+                names,
                 what,
             ),
             "modality_by_activity": Table(
                 by_activity(pd.concat(users), names),
                 "CAMMSR, test histories: modalities by user activity",
-                self.modality_names,
+                names,
                 what,
             ),
         }

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from recbole_mm.config_rules import at_least, one_of, share
 from recbole_mm.data import item_graph
 from recbole_mm.errors import InputError
-from recbole_mm.explain import Table, by_activity
+from recbole_mm.explain import Table, by_activity, weight_columns
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.modules.modality_interest import (
@@ -329,10 +329,11 @@ class MDSRec(MultimodalSequentialRecommender):
         return pd.DataFrame(rows, columns=["item", "graph", "rank", "neighbour", "weight"])
 
     def _weights(self, material: Material) -> dict[str, Table]:
-        names = list(self.modality_names)
+        names = weight_columns(self.modality_names)
         parts = []
         for batch in material.batches():
-            weights = pd.DataFrame(self.modality_weights(batch).cpu().numpy(), columns=names)
+            values = self.modality_weights(batch).cpu().numpy()
+            weights = pd.DataFrame(values, columns=list(names))
             weights.insert(0, "user", material.users(batch))
             weights.insert(1, "history_length", self.histories(batch)[1].cpu().numpy())
             parts.append(weights)
@@ -342,14 +343,14 @@ class MDSRec(MultimodalSequentialRecommender):
             "modality_by_user": Table(
                 users,
                 "MDSRec, test histories: modalities by user",
-                self.modality_names,
+                names,
                 what,
                 kind="spread",
             ),
             "modality_by_activity": Table(
                 by_activity(users, names),
                 "MDSRec, test histories: modalities by user activity",
-                self.modality_names,
+                names,
                 f"mean {what}",
             ),
         }

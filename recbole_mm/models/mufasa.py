@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_mm.config_rules import at_least, one_of, positive
-from recbole_mm.explain import Table, by_activity, by_category
+from recbole_mm.explain import Table, by_activity, by_category, weight_columns
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.modules.multimodal_fusion import (
@@ -261,7 +261,7 @@ class MUFASA(MultimodalSequentialRecommender):
             small vector adds little.
         """
         tables = {}
-        names = self.features.names
+        names = weight_columns(self.features.names)
         if names:
             h, present = self.project(self.all_items())
             weights = self.fusion.attention_weights(h, present).cpu().double()  # (N, M)
