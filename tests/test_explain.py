@@ -482,8 +482,8 @@ def test_the_key_and_the_command_write_the_same_tables(model, folder, capsys):
     assert any(name.endswith(".png") for name in listed)
 
 
-def test_the_command_shows_the_items_that_are_named(folder):
-    path = folder("MDSRec")
+def test_the_command_shows_the_items_that_are_named(folder, tmp_path):
+    path = shutil.copytree(folder("MDSRec"), tmp_path / "run")
     assert main(["explain", str(path), "--items", "i005", "i009"]) == 0
     shown = pd.read_csv(path / "explain" / "neighbours.csv")["item"]
     assert shown.drop_duplicates().tolist() == ["i005", "i009"]

@@ -423,12 +423,13 @@ def test_initial_weights_have_the_configured_deviation():
 def test_every_ablation_runs_and_changes_the_loss(file):
     changed = yaml.safe_load(file.read_text())
     assert set(changed) <= set(yaml.safe_load((PROPERTIES / "model/CAMMSR.yaml").read_text()))
-    model = cammsr(files=[file])
+    large = {"initializer_range": 0.3}  # smaller ones round alike
+    model = cammsr(files=[file], **large)
     batch = training_batch(model.train_objective)
     terms = loss(model, batch)
     assert all(term.isfinite() for term in terms)
-    printed = {} if model.train_objective == "last" else {"gate_causal": True}
-    assert sum(terms).item() != sum(loss(cammsr(**printed), batch)).item()
+    whole = large if model.train_objective == "last" else {**large, "gate_causal": True}
+    assert abs(sum(terms) - sum(loss(cammsr(**whole), batch))) > 1e-3
 
 
 def test_the_ablations_of_the_paper_are_there():
