@@ -34,6 +34,7 @@ def _world(name, values):
 def build(name, seed=0, **values):
     """A fresh model in evaluation mode, with its config and loaders."""
     world = _world(name, tuple(sorted(values.items())))
+    world.train.generator.manual_seed(world.config["seed"])  # batches as if it were just made
     torch.manual_seed(seed)
     model = world.config.model_class(world.config, world.train._dataset)
     return SimpleNamespace(model=model.eval(), **vars(world))
