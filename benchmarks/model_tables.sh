@@ -37,8 +37,9 @@ microlens() { # titles only, and no column that SASRecF could read
 # RecBole's SASRec there says whether our protocol is the paper's; SASRecFast+prefixes is the same
 # for less
 beauty_toys() {
+    local forms=CAMMSR+paper_values+causal,CAMMSR+causal,CAMMSR+causal+no_swap
     compare "$FUNCNAME" \
-        'SASRec,SASRecFast+prefixes,SASRecFast,GRU4Rec,SASRecMM,CAMMSR,CAMMSR+paper_values,CAMMSR+causal' \
+        "SASRec,SASRecFast+prefixes,SASRecFast,GRU4Rec,SASRecMM,CAMMSR,CAMMSR+paper_values,$forms" \
         --datasets=amazon-beauty-attr,amazon-toys-attr \
         --variants="$(dirname "$0")/variants/objective.yaml"
 }
