@@ -66,9 +66,15 @@ class Outcome:
         Args:
             missing_modality: What else is to be measured.
         """
-        if self.record is None:
+        if self.record is None or not self.counts.is_file():
             return False
         return not any(missing.still_to_do(self.folder, self.record, missing_modality))
+
+    @property
+    def counts(self) -> Path:
+        """Where the interactions of each user and item are counted, for all cells of a split."""
+        protocol = self.record["result"]["protocol"] if self.record else {}
+        return _counts_file(self.folder.parents[3], protocol)
 
     @property
     def run(self) -> Path:
@@ -212,7 +218,9 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
             write_json(folder / RECORD, record)
             # not before: a kill in between would cost the whole training
             (folder / record["run"] / STATE).unlink(missing_ok=True)
+        _count(cell, out, json.loads((folder / RECORD).read_text()))
         _measure_missing(folder, missing_modality)
+        (folder / ERROR).unlink(missing_ok=True)  # of what came after an earlier training
     except RecboleMMError as error:
         write_json(folder / ERROR, {"message": str(error)})
     except Exception as error:
@@ -224,8 +232,6 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
 
 
 def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
-    from recbole_mm.compare.users import counts_of
-
     folder = out / "cells" / cell.folder
     started, cpu = time.perf_counter(), time.process_time()
     result, earlier_wall, earlier_cpu = _start_or_continue(cell, folder)
@@ -238,11 +244,6 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
     }
     run_folder = Path(result.pop("run"))
     _explain(cell, run_folder)
-    counts = out / "data" / f"{fingerprint(result['protocol'])}.csv"
-    if not counts.is_file():
-        frame = counts_of(cell.row.model, cell.dataset, cell.values)
-        counts.parent.mkdir(exist_ok=True)
-        write_text(counts, frame.to_csv(index=False), shared=True)  # cells of other models too
     return {
         "label": cell.row.label,
         "model": cell.row.model,
@@ -302,6 +303,17 @@ def _explain(cell: Cell, run_folder: Path) -> None:
             traceback.print_exc()  # into output.log
 
 
+def _count(cell: Cell, out: Path, record: Mapping[str, Any]) -> None:
+    """Write what the split of a cell holds of each user and item, if nobody has."""
+    from recbole_mm.compare.users import counts_of
+
+    file = _counts_file(out, record["result"]["protocol"])
+    if not file.is_file():
+        frame = counts_of(cell.row.model, cell.dataset, cell.values)
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, frame.to_csv(index=False), shared=True)  # cells of other models too
+
+
 def _measure_missing(folder: Path, wanted: missing.Wanted) -> None:
     record = json.loads((folder / RECORD).read_text())
     found = missing.read(folder)
@@ -311,9 +323,10 @@ def _measure_missing(folder: Path, wanted: missing.Wanted) -> None:
         write_json(folder / missing.FILE, found)
 
 
-def fingerprint(protocol: Mapping[str, Any]) -> str:
-    """A name for the interactions of a protocol."""
-    return "-".join(str(protocol[part]) for part in ("train", "valid", "test"))
+def _counts_file(out: Path, protocol: Mapping[str, Any]) -> Path:
+    """A file for each way that interactions are split."""
+    split = "-".join(str(protocol[part]) for part in ("train", "valid", "test"))
+    return out / "data" / f"{split}.csv"
 
 
 def peak_memory_mb() -> float | None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from recbole.evaluator.register import metrics_dict
 
 from recbole_mm.compare import missing, significance
-from recbole_mm.compare.cells import Outcome, fingerprint
+from recbole_mm.compare.cells import ERROR, Outcome
 from recbole_mm.compare.plan import Row
 from recbole_mm.compare.significance import Comparison
 from recbole_mm.compare.users import users_frame
@@ -271,9 +271,12 @@ def _one_protocol(finished: Sequence[Outcome]) -> Protocol:
 
 
 def _counts(outcome: Outcome) -> dict[str, pd.Series]:
-    protocol = outcome.record["result"]["protocol"] if outcome.record else {}
-    file = outcome.folder.parents[3] / "data" / f"{fingerprint(protocol)}.csv"
-    frame = pd.read_csv(file, dtype={"token": str}, keep_default_na=False)
+    if not outcome.counts.is_file():
+        raise InputError(
+            f"{outcome.counts} is gone and could not be counted again, which is said in "
+            f"{outcome.folder / ERROR}"
+        )
+    frame = pd.read_csv(outcome.counts, dtype={"token": str}, keep_default_na=False)
     return {str(kind): part.set_index("token")["count"] for kind, part in frame.groupby("kind")}
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +110,32 @@ def test_finished_cells_are_not_run_again_and_the_table_is_the_same(done, capsys
     assert capsys.readouterr().out.count("(already finished)") == 2
     assert records == {path: path.stat().st_mtime_ns for path in records}
     assert contents(out) == files
+
+
+def test_lost_counts_are_made_again_without_training(done, tmp_path):
+    out, arguments = done
+    mine = tmp_path / "copy"
+    shutil.copytree(out, mine)
+    again = [f"--out={mine}" if part.startswith("--out=") else part for part in arguments]
+    (counts,) = (mine / "data").iterdir()
+    before = counts.read_bytes()
+    records = {path: path.stat().st_mtime_ns for path in mine.glob("cells/*/*/*/cell.json")}
+    shutil.rmtree(mine / "data")
+    assert main(again) == 1
+    assert counts.read_bytes() == before
+    assert records == {path: path.stat().st_mtime_ns for path in records}
+    assert {name: (mine / name).read_bytes() for name in SAME} == contents(out)
+
+
+def test_counts_that_cannot_be_made_again_are_told(done, tmp_path, capsys):
+    out, arguments = done
+    mine = tmp_path / "copy"
+    shutil.copytree(out, mine)
+    again = [f"--out={mine}" if part.startswith("--out=") else part for part in arguments]
+    shutil.rmtree(mine / "data")
+    (mine / "data").write_text("in the way")
+    assert main(again) == 1
+    assert "is gone and could not be counted again" in capsys.readouterr().err
 
 
 def test_two_compares_do_not_share_a_folder(done, tmp_path):
@@ -290,7 +317,6 @@ def test_percentages_of_a_missing_modality_are_checked(text):
 def test_a_kill_after_the_training_does_not_cost_it(done, tmp_path, monkeypatch):
     """What comes after the last epoch fails once; explain may fail for good."""
     from recbole_mm import quick_start
-    from recbole_mm.compare import users
 
     def dies(*_):
         raise KeyboardInterrupt
@@ -302,7 +328,7 @@ def test_a_kill_after_the_training_does_not_cost_it(done, tmp_path, monkeypatch)
     folder = tmp_path / "cells" / cell.folder
     folder.mkdir(parents=True)
     with monkeypatch.context() as patch:
-        patch.setattr(users, "counts_of", dies)
+        patch.setattr(quick_start, "explain_run", dies)
         with pytest.raises(KeyboardInterrupt):
             cells._train(cell, tmp_path, 1)
     (weights,) = folder.glob("run/*/*/*/model.safetensors")

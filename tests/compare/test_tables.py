@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from recbole_mm.compare import charts
-from recbole_mm.compare.cells import Outcome, fingerprint
+from recbole_mm.compare.cells import Outcome
 from recbole_mm.compare.plan import Cell, Row
 from recbole_mm.compare.tables import caption, tabulate
 from recbole_mm.compare.write import _latex, frame_of_costs, write_all
@@ -32,10 +32,8 @@ class World:
         self.out, self.protocol = out, protocol
         self.strength = np.random.default_rng(0).uniform(0.3, 0.6, USERS)
         tokens = [str(number) for number in range(USERS)]
-        (out / "data").mkdir(parents=True)
         counts = [("user", token, 9) for token in tokens] + [("item", str(i), 3) for i in range(51)]
-        frame = pd.DataFrame(counts, columns=["kind", "token", "count"])
-        frame.to_csv(out / "data" / f"{fingerprint(protocol.as_dict())}.csv", index=False)
+        self.counts = pd.DataFrame(counts, columns=["kind", "token", "count"])
 
     def row(self, model, shift, seeds=3, place=1, label=None, values=(), **change):
         """Outcomes of a row: those that hit have the target at ``place``, others at 40."""
@@ -72,7 +70,10 @@ class World:
         }
         cost = {"cpu_seconds": 1.0, "wall_seconds": 1.0, "peak_memory_mb": 1.0, "threads": 1}
         record = {"result": result, "run": "run", "version": "0", "code": "c", "cost": cost}
-        return Outcome(cell, folder, record)
+        outcome = Outcome(cell, folder, record)
+        outcome.counts.parent.mkdir(exist_ok=True)
+        self.counts.to_csv(outcome.counts, index=False)
+        return outcome
 
 
 def table_of(*rows, **options):
