@@ -73,8 +73,9 @@ class Outcome:
     @property
     def counts(self) -> Path:
         """Where the interactions of each user and item are counted, for all cells of a split."""
-        protocol = self.record["result"]["protocol"] if self.record else {}
-        return _counts_file(self.folder.parents[3], protocol)
+        if self.record is None:
+            raise InputError(f"{self.cell.name} has no counts: {self.error}")
+        return _counts_file(self.folder.parents[3], self.record["result"]["protocol"])
 
     @property
     def run(self) -> Path:
@@ -214,12 +215,13 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
     try:
         _limit_threads(threads)
         if not (folder / RECORD).is_file():
-            record = _train(cell, out, threads)
-            write_json(folder / RECORD, record)
+            trained = _train(cell, out, threads)
+            write_json(folder / RECORD, trained)
             # not before: a kill in between would cost the whole training
-            (folder / record["run"] / STATE).unlink(missing_ok=True)
-        _count(cell, out, json.loads((folder / RECORD).read_text()))
-        _measure_missing(folder, missing_modality)
+            (folder / trained["run"] / STATE).unlink(missing_ok=True)
+        record = json.loads((folder / RECORD).read_text())
+        _count(cell, out, record)
+        _measure_missing(folder, record, missing_modality)
         (folder / ERROR).unlink(missing_ok=True)  # of what came after an earlier training
     except RecboleMMError as error:
         write_json(folder / ERROR, {"message": str(error)})
@@ -314,8 +316,7 @@ def _count(cell: Cell, out: Path, record: Mapping[str, Any]) -> None:
         write_text(file, frame.to_csv(index=False), shared=True)  # cells of other models too
 
 
-def _measure_missing(folder: Path, wanted: missing.Wanted) -> None:
-    record = json.loads((folder / RECORD).read_text())
+def _measure_missing(folder: Path, record: Mapping[str, Any], wanted: missing.Wanted) -> None:
     found = missing.read(folder)
     for name, percent in missing.still_to_do(folder, record, wanted):
         result = missing.measure(folder / record["run"], name, percent)

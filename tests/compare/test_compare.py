@@ -112,11 +112,17 @@ def test_finished_cells_are_not_run_again_and_the_table_is_the_same(done, capsys
     assert contents(out) == files
 
 
-def test_lost_counts_are_made_again_without_training(done, tmp_path):
+def copy_of(done, folder):
+    """A finished compare in another folder, and the arguments that go on there."""
     out, arguments = done
-    mine = tmp_path / "copy"
+    mine = folder / "copy"
     shutil.copytree(out, mine)
-    again = [f"--out={mine}" if part.startswith("--out=") else part for part in arguments]
+    return mine, [f"--out={mine}" if part == f"--out={out}" else part for part in arguments]
+
+
+def test_lost_counts_are_made_again_without_training(done, tmp_path):
+    out, _ = done
+    mine, again = copy_of(done, tmp_path)
     (counts,) = (mine / "data").iterdir()
     before = counts.read_bytes()
     records = {path: path.stat().st_mtime_ns for path in mine.glob("cells/*/*/*/cell.json")}
@@ -128,10 +134,7 @@ def test_lost_counts_are_made_again_without_training(done, tmp_path):
 
 
 def test_counts_that_cannot_be_made_again_are_told(done, tmp_path, capsys):
-    out, arguments = done
-    mine = tmp_path / "copy"
-    shutil.copytree(out, mine)
-    again = [f"--out={mine}" if part.startswith("--out=") else part for part in arguments]
+    mine, again = copy_of(done, tmp_path)
     shutil.rmtree(mine / "data")
     (mine / "data").write_text("in the way")
     assert main(again) == 1
@@ -250,7 +253,7 @@ def test_what_fails_with_a_modality_missing_is_told_and_keeps_the_run(done, monk
     try:
         with monkeypatch.context() as patch:
             patch.setattr("recbole_mm.quick_start.open_run", torn)
-            _measure_missing(mm.folder, {"image": (50.0,)})
+            _measure_missing(mm.folder, mm.record, {"image": (50.0,)})
         assert missing.read(mm.folder)["image"]["50"] == {
             "error": "MemoryError: can't allocate memory"
         }
