@@ -57,7 +57,21 @@ NO_NUMBERS = frozenset(
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-3`` as a number, as RecBole's own loader does."""
+    """Safe YAML that reads ``1e-3`` as a number, as RecBole's own loader does.
+
+    A key that a mapping has twice is an error; PyYAML would take the last one.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found = set()
+        for key, _ in node.value:
+            if (key.tag, key.value) in found:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                found.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -160,10 +174,10 @@ class Config(RecBoleConfig):
     def _load_config_files(
         self, file_list: Sequence[str | Path | Mapping[str, Any]] | None
     ) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        for file in file_list or ():
-            values.update(file if isinstance(file, Mapping) else read_yaml(Path(file)))
-        return values
+        self._files = [
+            file if isinstance(file, Mapping) else read_yaml(Path(file)) for file in file_list or ()
+        ]
+        return {key: value for file in self._files for key, value in file.items()}
 
     def _load_variable_config_dict(self, config_dict: Mapping[str, Any] | None) -> dict[str, Any]:
         return dict(config_dict or {})
@@ -237,7 +251,7 @@ class Config(RecBoleConfig):
         declared: dict[str, Any] = dict(final.get("modalities") or {})
         chosen: Any = None
         for source, values in (
-            ("a config file", self.file_config_dict),
+            *(("a config file", file) for file in self._files),
             ("config_dict", self.variable_config_dict),
             ("the command line", self.cmd_config_dict),
         ):
@@ -306,7 +320,11 @@ class Config(RecBoleConfig):
         columns = final.get("selected_features")
         if columns and "item" not in final["load_col"]:
             final["load_col"] = {**final["load_col"], "item": [final["ITEM_ID_FIELD"], *columns]}
+        given = final["data_path"]
         super()._set_default_parameters()
+        if "data_path" in self.external_config_dict:
+            # RecBole reads its own copy of ml-100k, wherever data_path points
+            final["data_path"] = str(Path(given) / self.dataset)
         self._check_dataset_exists()
 
     def _check_dataset_exists(self) -> None:
@@ -399,7 +417,11 @@ def reusable(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Values of :meth:`Config.resolved` that another `Config` takes as the contents of a file."""
     values = {key: value for key, value in resolved.items() if key not in _COMPUTED}
     if "data_path" in values:  # RecBole appends the name of the data set
-        values["data_path"] = str(Path(values["data_path"]).parent)
+        folder = Path(values["data_path"]).parent
+        if folder.name == "dataset_example":  # RecBole's copy of ml-100k, wherever RecBole is now
+            del values["data_path"]
+        else:
+            values["data_path"] = str(folder)
     if (values.get("train_neg_sample_args") or {}).get("distribution") == "none":
         values["train_neg_sample_args"] = None
     return values

@@ -7,6 +7,7 @@ it was set and the mend, and none reads data.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -44,6 +45,8 @@ _FLEXIBLE: dict[str, tuple[type, ...]] = {
     "additional_feat_suffix": (list, tuple, str),
     "benchmark_filename": (list, tuple, type(None)),
     "category_field": (str, type(None)),
+    "encoding": (str, type(None)),
+    "feature_cache_dir": (str, type(None)),
     "threshold": (dict, type(None)),
     "unload_col": (dict, type(None)),
     "val_interval": (dict, type(None)),
@@ -71,6 +74,8 @@ def check_known(key: str, source: str, known: Iterable[str]) -> None:
 def check_eval_args(value: Mapping[str, Any], source: str) -> None:
     """Refuse a key of ``eval_args`` that RecBole does not read."""
     _check_names("eval_args", value, ("split", "order", "group_by", "mode"), f" in {source}")
+    if isinstance(value.get("mode"), Mapping):
+        _check_names("eval_args: mode", value["mode"], ("valid", "test"), f" in {source}")
 
 
 def _check_names(
@@ -215,7 +220,16 @@ _NO_FILTER = {
 }
 
 
+_FILES = ("inter", "user", "item", "kg", "link", "net", "ent", "rel")  # of RecBole's formats
+
+
 def _check_data(config: Mapping[str, Any]) -> None:
+    for key in ("load_col", "unload_col"):
+        _check_names(
+            key, config.get(key) or {}, (*_FILES, *(config.get("additional_feat_suffix") or ()))
+        )
+    if not config["LIST_SUFFIX"]:
+        raise InputError("LIST_SUFFIX must name what a list of items is called by, got nothing")
     if config.get("rm_dup_inter") not in (None, "first", "last"):
         raise InputError(
             f"rm_dup_inter must be 'first', 'last' or None, got {config['rm_dup_inter']!r}"
@@ -330,6 +344,12 @@ def drawing_mode(config: Mapping[str, Any]) -> str | None:
 
 def check_modes(config: Mapping[str, Any]) -> None:
     """Refuse evaluation modes in which metrics or ``mask_history`` would not do what they say."""
+    for mode in _modes(config):
+        if not re.fullmatch(r"full|labeled|(uni|pop)[1-9]\d*", mode):
+            raise InputError(
+                f"eval_args: mode must be full, labeled, uniN or popN with a number N of drawn "
+                f"candidates, for example uni100, got {mode!r}"
+            )
     drawn = drawing_mode(config)
     if drawn is not None and config["mask_history"] and config["repeatable"]:
         raise InputError(
@@ -393,6 +413,9 @@ def _check_training(config: Mapping[str, Any], model: type) -> None:
     _check_keys(
         config, "clip_grad_norm", ("max_norm", "norm_type", "error_if_nonfinite", "foreach")
     )
+    for key, value in (config.get("clip_grad_norm") or {}).items():
+        if key in ("max_norm", "norm_type") and not (_is_number(value) and value > 0):
+            raise InputError(f"clip_grad_norm: {key} must be a positive number, got {value!r}")
     drawn = ("distribution", "sample_num", "alpha", "dynamic", "candidate_num")
     _check_keys(config, "train_neg_sample_args", drawn)
     negatives = config.get("train_neg_sample_args") or {}

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from recbole.utils import ModelType
+
 from recbole_mm.config_rules import drawing_mode
 from recbole_mm.errors import InputError
 
@@ -24,8 +26,9 @@ class Protocol:
     between models, data set classes and id orders.
 
     Attributes:
-        split: RecBole's split, such as ``{"LS": "valid_and_test"}``.
-        order: ``TO`` (by exact time) or ``RO``.
+        split: RecBole's split, such as ``LS valid_and_test``, or the names of files that come
+            split.
+        order: ``TO`` (by exact time) or ``RO``; ``as given`` of files that come split.
         mode: RecBole's evaluation mode of valid and test, ``full`` for the whole catalogue.
         mask_history: Whether items of a user's past are no candidates. Of drawn candidates the
             model decides: RecBole draws the past for sequential models and not for general ones.
@@ -40,6 +43,9 @@ class Protocol:
         test: The same for test.
         valid_users: Number of users in validation.
         test_users: Number of users in test.
+        valid_rankings: How many rankings the validation metrics are means of: a sequential model
+            ranks for each held-out interaction, a general one once for all of a user.
+        test_rankings: The same for test.
     """
 
     split: str
@@ -57,6 +63,8 @@ class Protocol:
     test: str
     valid_users: int
     test_users: int
+    valid_rankings: int
+    test_rankings: int
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -71,6 +79,8 @@ class Protocol:
         plain: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
+        for part in ("valid", "test"):  # written before it was noted: leave-one-out has one each
+            plain.setdefault(f"{part}_rankings", plain[f"{part}_users"])
         return cls(**plain)
 
     def line(self) -> str:
@@ -82,10 +92,16 @@ class Protocol:
         return (
             f"protocol: split {self.split}, order {self.order}, ranking {self.mode} over "
             f"{self.candidates} items, {history}; {self.valid_users} validation and "
-            f"{self.test_users} test users; {by}; "
+            f"{self.test_users} test users{self._rankings()}; {by}; "
             f"fingerprints items {self.items} train {self.train} valid {self.valid} "
             f"test {self.test}"
         )
+
+    def _rankings(self) -> str:
+        """How often is ranked, where that is not once for each user."""
+        if (self.valid_rankings, self.test_rankings) == (self.valid_users, self.test_users):
+            return ""
+        return f", ranked {self.valid_rankings} and {self.test_rankings} times"
 
 
 def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protocol:
@@ -114,9 +130,14 @@ def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protoco
     test_print, test_users = pairs(test)
     arguments = config["eval_args"]
     modes = arguments["mode"]
+
+    def n_rankings(part: Dataset, n_users: int, mode: str) -> int:
+        by_row = config["MODEL_TYPE"] == ModelType.SEQUENTIAL or mode == "labeled"
+        return len(part.inter_feat) if by_row else n_users
+
     return Protocol(
         split=_split_text(config),
-        order=arguments["order"],
+        order="as given" if config["benchmark_filename"] else arguments["order"],
         mode=modes["test"]
         if modes["valid"] == modes["test"]
         else f"{modes['valid']}/{modes['test']}",
@@ -132,6 +153,8 @@ def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protoco
         test=test_print,
         valid_users=valid_users,
         test_users=test_users,
+        valid_rankings=n_rankings(valid, valid_users, modes["valid"]),
+        test_rankings=n_rankings(test, test_users, modes["test"]),
     )
 
 
@@ -142,6 +165,9 @@ def _is_history_masked(config: Config) -> bool:
 
 
 def _split_text(config: Config) -> str:
+    parts = config["benchmark_filename"]
+    if parts:
+        return f"in files {', '.join(parts)}"
     text = " ".join(f"{key} {value}" for key, value in config["eval_args"]["split"].items())
     cold = config["cold_items"]
     return f"{text}, newest {cold:g} % of the items cold" if cold else text

@@ -6,7 +6,6 @@ RecBole's own ``recbole.quick_start`` is never imported: it imports ray.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import time
@@ -284,7 +283,11 @@ def _make(config: Config) -> _Made:
     except ValueError as error:
         # the parts of a model check their sizes and choices where they use them
         raise InputError(f"{config['model']}: {error}") from error
-    return _Made(dataset, loaders, rules, net, _data_summary(config, dataset))
+    summary = _data_summary(config, dataset)
+    categories = loaders[0]._dataset.categories_read
+    if categories is not None:
+        summary["categories"] = categories.fingerprint()
+    return _Made(dataset, loaders, rules, net, summary)
 
 
 def _eval_batch_unit(config: Config, n_items: int) -> int:
@@ -315,6 +318,8 @@ def _run(
             stack.enter_context(folder.held())
             stack.enter_context(folder.logging_to_file(config["state"]))
         if interrupted is not None:
+            # a finished run that gets more epochs is unfinished until it has a result again
+            interrupted.remove("result.json")
             interrupted.write_yaml("config.yaml", resolved)
         elif folder is not None:
             _write_start(folder, resolved, dataset, data, rules)
@@ -446,7 +451,7 @@ def _resume(
     if (folder / "result.json").is_file() and now["epochs"] <= before["epochs"]:
         if config["show_progress"]:
             print(f"{folder}: this run is finished, nothing is left to do")  # noqa: T201
-        return _read_json(folder / "result.json")
+        return run.read_json("result.json")
     if not (folder / "last.safetensors").is_file():
         raise InputError(
             f"{folder}: has no last.safetensors: its run was interrupted before its training, or "
@@ -454,7 +459,7 @@ def _resume(
         )
     # as many threads as before: sums in another order have other last digits
     threads = torch.get_num_threads()
-    torch.set_num_threads(_read_json(folder / "environment.json")["threads"])
+    torch.set_num_threads(run.read_json("environment.json").get("threads", threads))
     try:
         with _memory_mends(config):
             return _run(config, saved=True, score_test=score_test, interrupted=run)
@@ -543,6 +548,7 @@ def _saved_model(folder: Path) -> Checkpoint:
     """Weights of a run, and what stands beside them."""
     _check_folder(folder)
     run = RunFolder.at(folder)
+    run.read_config()  # refused where it is damaged
     if not run.has_weights:
         raise InputError(f"{folder}: has no model.safetensors, its run saved no epoch; run it anew")
     return run.read_weights()
@@ -562,12 +568,23 @@ def _load_weights(net: Any, saved: Checkpoint, folder: Path) -> None:
     net.eval()
 
 
+_NOTED_LATER = ("order of the histories", "other columns", "categories")
+
+
 def _check_data(folder: Path, made: _Made) -> None:
     """What the weights belong to must be what the data are now, field by field."""
-    saved = _identity(*(_read_json(folder / f"{n}.json") for n in ("protocol", "ids", "data")))
+    run = RunFolder.at(folder)
+    try:
+        saved = _identity(*(run.read_json(f"{name}.json") for name in ("protocol", "ids", "data")))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: protocol.json, ids.json or data.json is not whole ({error!r}); "
+            "restore the folder, or run it anew"
+        ) from error
     now = _identity(made.rules.as_dict(), _ids(made.dataset), made.data)
-    if not saved["order of the histories"]:  # written by a version that did not note it
-        now["order of the histories"] = saved["order of the histories"]
+    for key in _NOTED_LATER:
+        if not saved[key]:  # written by a version that did not note it
+            now[key] = saved[key]
     differing = [
         key if isinstance(now.get(key), list) else f"{key} ({saved.get(key)} then, {now.get(key)})"
         for key in dict.fromkeys([*saved, *now])
@@ -592,12 +609,6 @@ def _identity(
         if key in modality
     }
     prints["order of the histories"] = data["interactions"].get("histories")
+    prints["other columns"] = data["interactions"].get("columns")
+    prints["categories"] = data.get("categories")
     return {**prints, **{f"order of {field}": tokens for field, tokens in ids.items()}, **files}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); is its run complete?") from error
-    return content

@@ -51,6 +51,7 @@ STATE = "last.safetensors"
 ITEMS = "items.safetensors"
 
 _PACKAGES = ("recbole", "torch", "numpy", "scipy", "pandas", "scikit-learn", "safetensors")
+_DAMAGED = "restore the folder, or run it anew"
 _ANSI = "\x1b["
 
 
@@ -94,6 +95,12 @@ class RunFolder:
         text = yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True)
         self._write(name, text.encode())
 
+    def remove(self, name: str) -> None:
+        """Take a file away, if it is there."""
+        path = self.path / name
+        with writing(path, MEND):
+            path.unlink(missing_ok=True)
+
     def append_line(self, name: str, content: Mapping[str, Any]) -> None:
         """Append one JSON line."""
         path = self.path / name
@@ -102,8 +109,30 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """The resolved values in ``config.yaml``."""
-        values: dict[str, Any] = yaml.safe_load((self.path / "config.yaml").read_text("utf-8"))
+        file = self.path / "config.yaml"
+        try:
+            values: Any = yaml.safe_load(file.read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{file}: cannot be read ({error}); {_DAMAGED}") from error
+        # the keys are sorted: with the last of RecBole's the file is whole
+        if not isinstance(values, dict) or "worker" not in values:
+            raise InputError(f"{file}: is not whole; {_DAMAGED}")
         return values
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """What :meth:`write_json` wrote of a mapping.
+
+        Raises:
+            InputError: If it cannot be read, or holds anything else.
+        """
+        file = self.path / name
+        try:
+            content: Any = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{file}: cannot be read ({error}); {_DAMAGED}") from error
+        if not isinstance(content, dict) or not content:
+            raise InputError(f"{file}: holds no mapping; {_DAMAGED}")
+        return content
 
     def write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         """Replace a file of JSON lines, whole or not at all."""

@@ -8,7 +8,6 @@ Shapes: B histories, N items (row 0 is padding), L sequence length, C categories
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -294,15 +293,14 @@ def load(
     if not run.has_weights:
         raise InputError(f"{path}: has no model.safetensors, its run saved no epoch; run it anew")
     config = _StoredConfig(run.read_config(), device)
-    try:
-        ids = json.loads((path / "ids.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path / 'ids.json'}: cannot be read ({error}); run it anew") from error
+    ids = run.read_json("ids.json")
     kept = Checkpoint({}, {"features": {}, "categories": None, "graphs": None})
     if (path / ITEMS).is_file():
         kept = read(path / ITEMS)
     saved = run.read_weights()
-    items = ids[config["ITEM_ID_FIELD"]]
+    items = ids.get(config["ITEM_ID_FIELD"])
+    if not isinstance(items, list):
+        raise InputError(f"{path / 'ids.json'}: has no list of items; run it anew")
     _check(path, saved.about, kept.about, config, items)
     model_class = model or model_of_run(config["model"], path)
     with compat.without_recboles_warnings():

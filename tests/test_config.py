@@ -40,6 +40,34 @@ def test_sources_are_ordered_from_property_file_to_command_line(tmp_path):
     assert (made["n_layers"], made["epochs"], made["seed"], made["eval_step"]) == (3, 12, 6, 3)
 
 
+def test_mappings_of_several_files_are_merged(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("eval_args: {mode: uni50}\nmodalities: {cover: {path: a.npy}}\n")
+    second.write_text("eval_args: {order: RO}\nmodalities: [cover]\n")
+    made = config("BPR", files=[first, second])
+    assert made["eval_args"]["mode"] == {"valid": "uni50", "test": "uni50"}
+    assert made["eval_args"]["order"] == "RO"
+    assert list(made["modalities"]) == ["cover"]
+
+
+def test_a_key_that_a_file_has_twice_is_refused(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("epochs: 1\nseed: 2\nepochs: 3\n")
+    refused(r"a\.yaml: .*the key 'epochs' is given twice(.|\n)*line 3", files=[file])
+
+
+def test_data_path_holds_for_the_data_set_that_recbole_brings_too(tmp_path):
+    refused("no data set 'ml-100k': looked for", dataset="ml-100k", values={"data_path": "nowhere"})
+    (tmp_path / "ml-100k").mkdir()
+    (tmp_path / "ml-100k/ml-100k.inter").touch()
+    mine = config(dataset="ml-100k", values={"data_path": str(tmp_path)})
+    assert mine["data_path"] == str(tmp_path / "ml-100k")
+    recboles = config(dataset="ml-100k")
+    assert "dataset_example" in recboles["data_path"]
+    assert "data_path" not in reusable(recboles.resolved())  # another machine has its own copy
+    assert reusable(mine.resolved())["data_path"] == str(tmp_path)
+
+
 def test_builtin_models_get_the_same_evaluation_keys_as_ours():
     ours, builtin = config(), config("SASRec")
     general = config("BPR")
@@ -184,6 +212,15 @@ def test_bad_values_are_refused_before_any_data_is_read(key, value, match):
         ("--state=verbose", "state must be a level of logging"),
         ("--checkpoint_dir=", "checkpoint_dir must name a folder"),
         ("--eval_args={mode: labeled}", "mode labeled has no ranking"),
+        ("--eval_args={mode: {valdi: uni50}}", "mode: unknown key 'valdi'.*did you mean 'valid'"),
+        ("--eval_args={mode: uni-5}", "mode must be full, labeled, uniN or popN.*got 'uni-5'"),
+        ("--eval_args={mode: uni}", "mode must be full, labeled, uniN or popN.*got 'uni'"),
+        ("--clip_grad_norm={max_norm: -1}", "max_norm must be a positive number, got -1"),
+        ("--clip_grad_norm={max_norm: abc}", "max_norm must be a positive number, got 'abc'"),
+        ("--load_col={itme: [item_id]}", "load_col: unknown key 'itme'.*did you mean 'item'"),
+        ("--LIST_SUFFIX=", "LIST_SUFFIX must name"),
+        ("--feature_cache_dir=2026", "feature_cache_dir must be of type str or None, got 2026"),
+        ("--encoding=5", "encoding must be of type str or None, got 5"),
     ],
 )
 def test_what_recbole_would_trip_over_is_refused(line, match):

@@ -229,6 +229,17 @@ def test_a_finished_run_can_be_given_more_epochs(whole, tmp_path):
     assert result["epochs"] == 5
 
 
+def test_a_run_that_is_killed_in_its_further_epochs_is_not_finished(whole, tmp_path, killed_at):
+    folder = shutil.copytree(whole("SASRecFast"), tmp_path / "run")
+    killed_at(2)
+    with pytest.raises(Killed):
+        recbole_mm.run(resume=folder, config_dict={"epochs": 5})
+    assert not (folder / "result.json").exists()  # its weights may be of a later epoch by now
+    result = recbole_mm.run(resume=folder)
+    longer = json.loads((whole("SASRecFast", epochs=5) / "result.json").read_text())
+    assert result["test_result"] == longer["test_result"]
+
+
 @pytest.fixture
 def cut(killed_at, tmp_path):
     killed_at(2)
@@ -247,11 +258,15 @@ def test_other_values_are_refused_by_name(values, message, cut):
         recbole_mm.run(resume=cut, config_dict=values)
 
 
-def test_another_model_or_data_set_is_refused(cut):
+def test_another_model_or_data_set_is_refused(cut, tmp_path):
     with pytest.raises(InputError, match=r"\('SASRecFast' then, 'SASRec' now\)"):
         recbole_mm.run("SASRec", resume=cut)
-    with pytest.raises(InputError, match=r"dataset \('tiny' then, 'ml-100k' now\)"):
-        recbole_mm.run(dataset="ml-100k", resume=cut, config_dict={"data_path": str(DATASETS)})
+    shutil.copytree(DATASETS / "tiny", tmp_path / "data/other")
+    (tmp_path / "data/other/tiny.inter").rename(tmp_path / "data/other/other.inter")
+    with pytest.raises(InputError, match=r"dataset \('tiny' then, 'other' now\)"):
+        recbole_mm.run(
+            dataset="other", resume=cut, config_dict={"data_path": str(tmp_path / "data")}
+        )
 
 
 def test_changed_data_are_refused(cut, tmp_path):
@@ -369,3 +384,42 @@ def test_a_process_killed_by_the_system_can_be_resumed(whole, tmp_path):
     three_threads = os.environ | {"OMP_NUM_THREADS": "3"}  # it goes on with one, as it began
     assert subprocess.run(resume, check=False, env=three_threads).returncode == 0
     assert_equal_runs(whole("MUFASA", epochs=40), folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "values", "match"),
+    [
+        ("SASRecF", {"selected_features": ["categories"]}, r"other columns \("),
+        ("CAMMSR", {}, r"categories \("),
+    ],
+)
+def test_other_columns_of_items_are_refused(model, values, match, tmp_path, killed_at):
+    data = shutil.copytree(DATASETS / "tiny", tmp_path / "data/tiny")
+    values = {**values, "data_path": str(data.parent)}
+    killed_at(2)
+    folder = interrupted(model, tmp_path / "runs", **values)
+    file = data / "tiny.item"
+    header, *lines = file.read_text(encoding="utf-8").splitlines()
+    rows = [line.split("\t") for line in lines]
+    at = [name.split(":")[0] for name in header.split("\t")].index("categories")
+    cells = [row[at] for row in rows]
+    for row, cell in zip(rows, cells[60:] + cells[:60], strict=True):
+        row[at] = cell
+    text = "\n".join([header, *("\t".join(row) for row in rows)]) + "\n"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="have changed since this run: " + match):
+        recbole_mm.run(resume=folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("data.json", text) for text in ("{}", '{"interactions": 1}', '{"modalities": [1]}')),
+        *(("ids.json", text) for text in ("", "[]", "{")),
+        ("config.yaml", "model: SASRecFast\n"),
+    ],
+)
+def test_a_damaged_folder_is_refused(name, text, cut):
+    (cut / name).write_text(text)
+    with pytest.raises(InputError, match=name):
+        recbole_mm.run(resume=cut)

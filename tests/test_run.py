@@ -69,6 +69,29 @@ def test_runs_whose_drawn_candidates_differ_are_not_compared():
         assert_comparable(protocol(sequential), protocol(general))
 
 
+def test_a_ranking_for_each_interaction_is_not_compared_with_one_for_each_user():
+    by_time = {"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}}
+    sequential, general = protocol(run("SASRecFast", **by_time)), protocol(run("Pop", **by_time))
+    assert sequential.test == general.test
+    assert general.test_rankings == general.test_users == sequential.test_users
+    assert sequential.test_rankings > sequential.test_users
+    assert f"ranked {sequential.valid_rankings} and {sequential.test_rankings}" in sequential.line()
+    with pytest.raises(InputError, match=r"valid_rankings: .*test_rankings: "):
+        assert_comparable(sequential, general)
+
+
+def test_popularity_is_the_same_for_sequential_and_general_models(build_trainer):
+    counts = [build_trainer(name)[1].train._dataset.item_counter for name in ("SASRec", "BPR")]
+    counts.append(build_trainer("MUFASA", train_objective="all")[1].train._dataset.item_counter)
+    assert counts[0] == counts[1] == counts[2]
+
+
+def test_a_protocol_without_numbers_of_rankings_is_one_of_leave_one_out():
+    held = run("Pop")["protocol"]
+    older = {key: value for key, value in held.items() if not key.endswith("_rankings")}
+    assert Protocol.from_dict(older) == Protocol.from_dict(held)
+
+
 def test_masked_items_leave_the_ranking_of_a_sequential_model(build_trainer):
     trainer, world = build_trainer("SASRecFast", mask_history=True)
     batch = next(iter(world.test))
@@ -128,8 +151,8 @@ def test_the_best_epoch_is_scored_and_not_the_last(monkeypatch):
 
 def test_a_split_by_time_trains_every_model_on_the_same_and_says_when_nothing_is_late(tmp_path):
     split = {"eval_args": {"split": {"TS": [0.8, 0.1, 0.1]}}}
-    results = [run(model, **split) for model in ("BPR", "SASRecFast")]
-    assert_comparable(*map(protocol, results))
+    rules = [protocol(run(model, **split)) for model in ("BPR", "SASRecFast")]
+    assert len({(part.train, part.valid, part.test) for part in rules}) == 1
     rows = [f"u{user}\ti{(user + time) % 30}\t{time}" for user in range(40) for time in range(8)]
     (tmp_path / "lab").mkdir()
     header = "user_id:token\titem_id:token\ttimestamp:float"

@@ -200,6 +200,23 @@ def test_an_incomplete_folder_is_refused(name, copied):
         recbole_mm.load(copied)
 
 
+CONFIGS = ["", "a: [", "- 1\n", "\x00", "data_path: x\nepochs: 1\n"]
+IDS = ["", "[]", "{}", '{"user_id": []}', "{"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [*(("config.yaml", text) for text in CONFIGS), *(("ids.json", text) for text in IDS)],
+)
+def test_a_damaged_folder_is_refused(name, text, copied):
+    (copied / name).write_text(text)
+    with pytest.raises(InputError, match=name):
+        recbole_mm.load(copied)
+    if name == "config.yaml":
+        with pytest.raises(InputError, match=name):
+            recbole_mm.open_run(copied)
+
+
 def test_a_pickle_in_the_place_of_weights_is_refused_and_not_executed(copied, tmp_path):
     canary = tmp_path / "canary"
 

@@ -5,6 +5,7 @@ Shapes: N items (row 0 is padding), C categories.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -40,3 +41,7 @@ class CategoryTable:
             items, columns = torch.tensor(pairs).T
             multi_hot[items, columns] = True
         return cls(tuple(names), multi_hot)
+
+    def fingerprint(self) -> str:
+        """A hash of who belongs to what, whatever the names."""
+        return hashlib.sha256(self.multi_hot.numpy().tobytes()).hexdigest()[:12]

@@ -181,6 +181,10 @@ class MultimodalDataset(Dataset):
                         f"{filepath}: no column {field!r} (selected_features); name some of "
                         f"{', '.join(header)}{nearest(str(field), header)}"
                     )
+        for field in sorted(set(load_col or ()) - header.keys()):
+            _LOG.warning(
+                "%s: no column %r (load_col.%s)%s", filepath, field, name, nearest(field, header)
+            )
         if not columns and source is not FeatureSource.INTERACTION:
             _LOG.warning("%s: load_col.%s names none of its columns", filepath, name)
             return None
@@ -467,6 +471,7 @@ class MultimodalDataset(Dataset):
             interactions=len(self.inter_feat),
             steps=tuple(self._steps),
             histories=self._histories(),
+            columns=self._other_columns(),
             bad_times=self._bad_times,
             items_without_row=self._items_without_row,
         )
@@ -486,6 +491,22 @@ class MultimodalDataset(Dataset):
         users, items = (self.inter_feat[field].to_numpy(np.int64) for field in self._id_fields)
         order = np.argsort(users, kind="stable")
         return hashlib.sha256(np.stack([users[order], items[order]]).tobytes()).hexdigest()[:12]
+
+    def _other_columns(self) -> str:
+        ids = self._id_fields
+        # of the time only its order matters, unless it is embedded
+        plain = {self.time_field} - set(self.config["numerical_features"] or ())
+        digest = hashlib.sha256()
+        for key, feat in ((None, self.inter_feat), *self._side_files()):
+            rows = feat if key is None else feat.sort_values(key, kind="stable")
+            for field in sorted(set(rows.columns) - plain - set(ids if key is None else ())):
+                column = rows[field]
+                digest.update(f"{field}\n".encode())
+                if column.dtype == object:  # sequences
+                    digest.update(np.array([len(cell) for cell in column]).tobytes())
+                    column = np.concatenate([np.zeros(0), *column])
+                digest.update(np.asarray(column, np.float64).tobytes())
+        return digest.hexdigest()[:12]
 
     def _dataframe_to_interaction(self, data: pd.DataFrame) -> Interaction:
         """As RecBole; sequential models, and a split by time, keep the time in float64."""
@@ -639,6 +660,12 @@ class MultimodalDataset(Dataset):
             InputError: If ``.item`` has no such column, or it is not of tokens.
         """
         return self._once("categories", self._load_categories)
+
+    @property
+    def categories_read(self) -> CategoryTable | None:
+        """The categories, if a model has asked for them."""
+        found: CategoryTable | None = self._side_information.get("categories")
+        return found
 
     def item_text(self, field: str) -> list[str]:
         """Cells of a column of ``.item``, whole, whether RecBole loads the column or not.

@@ -58,6 +58,8 @@ class DataReport:
         interactions: After all filters.
         steps: What was read, then each filter that left something out.
         histories: Fingerprint of every user's items in their order, by internal ids.
+        columns: Fingerprint of what else is loaded: other columns of ``.inter``, ``.user`` and
+            ``.item``, tokens by internal ids.
         bad_times: Rows without a usable time that ``on_bad_time: drop`` left out.
         duplicates: Rows that repeat user, item and time of an earlier one; they are kept, unless
             ``rm_dup_inter`` says otherwise.
@@ -73,6 +75,7 @@ class DataReport:
     interactions: int
     steps: tuple[FilterStep, ...] = ()
     histories: str = ""
+    columns: str = ""
     bad_times: int = 0
     duplicates: int = 0
     equal_times: int = 0

@@ -146,10 +146,14 @@ class MultimodalSequentialDataset(MultimodalDataset, SequentialDataset):
         return columns[self.uid_field][rows].numpy(), columns[self.iid_field][rows].numpy()
 
     def counter(self, field: str) -> Counter[Any]:
-        """How often each id of a token field is a target."""
+        """How often each id of a token field occurs in this part's interactions.
+
+        RecBole counts the targets, without the first interaction of every user, so that metrics of
+        popularity differ between a sequential model and a general one with the same lists.
+        """
         feat = self.inter_feat
-        if isinstance(feat, SequenceRows) and feat.is_windows:
-            return Counter(feat.source.columns[field][feat.targets()].numpy())
+        if isinstance(feat, SequenceRows):
+            return Counter(feat.source.columns[field][feat.interactions()].numpy())
         return super().counter(field)
 
     def history(self, interaction: Interaction) -> tuple[Tensor, Tensor]:

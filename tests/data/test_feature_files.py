@@ -304,6 +304,17 @@ def test_ragged_float_seq_names_the_line(tmp_path):
         read_features(tmp_path / "d.itememb")
 
 
+@pytest.mark.parametrize("order", [["a", "b"], ["b", "a"]])
+def test_columns_of_several_number_types_keep_their_values(order, tmp_path):
+    columns = {"a": np.float32([1.0009765, 70000.0]), "b": np.float16([0.5, 2.0])}
+    table = pa.table({"item_id": ["x", "y"], **{name: columns[name] for name in order}})
+    pq.write_table(table, tmp_path / "f.parquet")
+    read = read_features(tmp_path / "f.parquet")
+    expected = np.stack([columns[name].astype(np.float32) for name in order], axis=1)
+    np.testing.assert_array_equal(read.values.numpy(), expected)
+    assert set(read.dtype.split(", ")) == {"float", "halffloat"}
+
+
 def test_ragged_list_column_names_the_row(tmp_path):
     table = pa.table({"item_id": ["a", "b", "c"], "v": [[1.0, 2.0], None, [1.0]]})
     pq.write_table(table, tmp_path / "f.parquet")

@@ -24,6 +24,8 @@ PROTOCOL = Protocol(
     test="d",
     valid_users=300,
     test_users=300,
+    valid_rankings=300,
+    test_rankings=300,
 )
 SPACE = "n_layers choice [1,2,3]\nn_heads choice [1,2,4]\nhidden_dropout_prob uniform 0.1,0.6\n"
 SMALL = "n_layers choice [1,2,3]\nn_heads choice [1,2]\n"

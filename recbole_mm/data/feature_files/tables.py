@@ -108,6 +108,7 @@ def read_parquet(path: Path, id_col: str | None, column: str | None) -> FeatureF
             chosen = lists or [name for name in names if name != id_name]
         if not chosen:
             raise InputError(f"{path}: only the column {id_name!r}; there are no numbers")
+        kinds: list[Any] = []
         for name in chosen:
             kind = schema.field(name).type
             kind = kind.value_type if is_list[name] else kind
@@ -116,7 +117,8 @@ def read_parquet(path: Path, id_col: str | None, column: str | None) -> FeatureF
                     f"{path}: column {name!r} holds {kind}, not numbers; set `column` to the "
                     "column of the vectors"
                 )
-        is_half = pa.types.is_float16(kind)
+            kinds.append(kind)
+        is_half = all(pa.types.is_float16(kind) for kind in kinds)
 
         tokens: list[str] = []
         values: np.ndarray[Any, Any] | None = None
@@ -154,7 +156,8 @@ def read_parquet(path: Path, id_col: str | None, column: str | None) -> FeatureF
             done = len(tokens)
     if values is None:
         raise InputError(f"{path}: no vector inside; give a file with at least one row")
-    return FeatureFile(as_matrix(values[:done], path), str(kind), tokens)
+    dtype = ", ".join(dict.fromkeys(map(str, kinds)))
+    return FeatureFile(as_matrix(values[:done], path), dtype, tokens)
 
 
 class _TextRows:
