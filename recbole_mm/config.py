@@ -131,11 +131,12 @@ class Config(RecBoleConfig):
     Args:
         model: Name or class of a model of this package or of RecBole.
         dataset: Name of the data set.
-        config_file_list: YAML files, later ones stronger; a mapping stands for a file's contents.
+        config_file_list: YAML files, or one, later ones stronger; a mapping stands for a file's
+            contents.
         config_dict: Values by key.
         command_line: Arguments of the form ``--key=value``.
-        shared: The command line serves several models; no warning of keys in it that belong to
-            others than this one, as with files and ``config_dict``.
+        shared: The values serve several models; no warning of keys that belong to others than this
+            one.
 
     Raises:
         InputError: On anything above, naming key, value, source and mend.
@@ -145,7 +146,7 @@ class Config(RecBoleConfig):
         self,
         model: str | type | None = None,
         dataset: str | None = None,
-        config_file_list: Sequence[str | Path | Mapping[str, Any]] | None = None,
+        config_file_list: Sequence[str | Path | Mapping[str, Any]] | str | Path | None = None,
         config_dict: Mapping[str, Any] | None = None,
         command_line: Sequence[str] = (),
         *,
@@ -155,7 +156,7 @@ class Config(RecBoleConfig):
         self._command_line = list(command_line)
         self._shared = shared
         try:
-            super().__init__(model, dataset, config_file_list, config_dict)
+            super().__init__(model, dataset, listed(config_file_list), config_dict)
         except RecboleMMError:
             raise
         except (KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
@@ -258,9 +259,12 @@ class Config(RecBoleConfig):
             for key, given in values.items():
                 if key not in known:
                     config_rules.check_known(key, source, known | _other_models_keys())
-                    if source == "the command line" and not self._shared:
+                    if not self._shared:
                         _LOG.warning(
-                            "--%s is a key of other models: %s ignores it", key, self.model
+                            "%s in %s is a key of other models: %s ignores it",
+                            key,
+                            source,
+                            self.model,
                         )
                     continue  # a key of another model, where several models share their values
                 default = self.internal_config_dict.get(key)
@@ -318,6 +322,11 @@ class Config(RecBoleConfig):
             # RecBole makes every user of a cross-entropy model say so
             final["train_neg_sample_args"] = None
         columns = final.get("selected_features")
+        if not columns and reads_columns(self.model):
+            raise InputError(
+                f"selected_features: {self.model} reads columns of .item, name one at least; "
+                f"got {columns!r}"
+            )
         if columns and "item" not in final["load_col"]:
             final["load_col"] = {**final["load_col"], "item": [final["ITEM_ID_FIELD"], *columns]}
         given = final["data_path"]
@@ -413,6 +422,19 @@ class Config(RecBoleConfig):
         return cls(model, None, [values], config_dict, command_line)
 
 
+def listed(
+    files: Sequence[str | Path | Mapping[str, Any]] | str | Path | None,
+) -> list[str | Path | Mapping[str, Any]]:
+    """Config files as a list, also of a single one.
+
+    Raises:
+        InputError: If values stand in the place of files.
+    """
+    if isinstance(files, Mapping):
+        raise InputError("config_file_list takes YAML files; give values by key as config_dict")
+    return [files] if isinstance(files, (str, Path)) else list(files or ())
+
+
 def reusable(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Values of :meth:`Config.resolved` that another `Config` takes as the contents of a file."""
     values = {key: value for key, value in resolved.items() if key not in _COMPUTED}
@@ -441,7 +463,10 @@ def reads_columns(model: str) -> bool:
 def digest_of_data(config: Config) -> str:
     """Hash of the contents of the atomic files and, for a model that reads them, of features."""
     folder, dataset = Path(config["data_path"]), config["dataset"]
-    files = {path for path in folder.glob(f"{dataset}.*") if path.is_file()}
+    suffixes = {*config_rules.ATOMIC_FILES, *(config["additional_feat_suffix"] or ())}
+    suffixes |= {f"{part}.inter" for part in config["benchmark_filename"] or ()}
+    named = (folder / f"{dataset}.{suffix}" for suffix in suffixes)
+    files = {path for path in named if path.is_file()}
     for declared in config["modalities"].values() if reads_features(config) else ():
         names = [str(declared[key]) for key in ("path", "ids") if key in declared]
         paths = [folder / name.replace("{dataset}", dataset) for name in names]

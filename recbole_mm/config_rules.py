@@ -194,6 +194,9 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
         raise InputError(f"seed must be below 2 ** 32, got {config['seed']!r}")
     positive(config, "learning_rate", "initializer_range", "layer_norm_eps")
     share(config, "min_coverage")
+    cold = config.get("cold_items")
+    if cold and not 0 < cold < 100:
+        raise InputError(f"cold_items must be a percentage above 0 and below 100, got {cold!r}")
     if str(config["state"]).lower() not in _LEVELS:
         raise InputError(
             f"state must be a level of logging, {', '.join(_LEVELS)}, got {config['state']!r}"
@@ -220,13 +223,15 @@ _NO_FILTER = {
 }
 
 
-_FILES = ("inter", "user", "item", "kg", "link", "net", "ent", "rel")  # of RecBole's formats
+ATOMIC_FILES = ("inter", "user", "item", "kg", "link", "net", "ent", "rel")  # of RecBole's formats
 
 
 def _check_data(config: Mapping[str, Any]) -> None:
     for key in ("load_col", "unload_col"):
         _check_names(
-            key, config.get(key) or {}, (*_FILES, *(config.get("additional_feat_suffix") or ()))
+            key,
+            config.get(key) or {},
+            (*ATOMIC_FILES, *(config.get("additional_feat_suffix") or ())),
         )
     if not config["LIST_SUFFIX"]:
         raise InputError("LIST_SUFFIX must name what a list of items is called by, got nothing")
@@ -308,12 +313,12 @@ def _check_metrics(config: Mapping[str, Any]) -> None:
             f"valid_metric {config['valid_metric']!r} is not among metrics {metrics}: "
             f"add {name!r} to metrics or choose one of them"
         )
-    if not cut and _has_cuts(name):
+    if not cut and has_cuts(name):
         raise InputError(
             f"valid_metric {config['valid_metric']!r} has a value for each of topk {topk}: "
             f"write for example {name}@{topk[-1]}"
         )
-    if cut and not _has_cuts(name):
+    if cut and not has_cuts(name):
         raise InputError(
             f"valid_metric {config['valid_metric']!r}: {name} has one value, write {name}"
         )
@@ -324,7 +329,7 @@ def _check_metrics(config: Mapping[str, Any]) -> None:
         )
 
 
-def _has_cuts(metric: str) -> bool:
+def has_cuts(metric: str) -> bool:
     """Whether a metric of RecBole has a value for each k."""
     lists = ("rec.topk", "rec.items")  # what such metrics are computed from
     needs = metrics_dict[metric.lower()].metric_need
@@ -399,6 +404,11 @@ def _check_ours(config: Mapping[str, Any], model: Any) -> None:
         )
     if str(config["learner"]).lower() == "sparse_adam":
         raise InputError(f"learner: sparse_adam needs sparse gradients, which {name} does not have")
+    if config.get("n_negatives") and not getattr(model, "samples_negatives", True):
+        raise InputError(
+            f"n_negatives: {name} has no loss on sampled negatives; leave it out, or give it to "
+            "the models that have one (compare: --variants)"
+        )
     model.check_options(config)
 
 

@@ -21,7 +21,7 @@ from recbole.utils import ModelType, init_seed
 
 from recbole_mm import compat, distributed, explain, protocol, serving
 from recbole_mm.checkpoint import Checkpoint, load_weights
-from recbole_mm.config import Config, reads_features
+from recbole_mm.config import Config, reads_columns, reads_features
 from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import EnvironmentFault, InputError, OutOfMemory, RecboleMMError
 from recbole_mm.run_folder import RunFolder, environment
@@ -33,7 +33,7 @@ _LOG = logging.getLogger(__name__)
 def run(
     model: str | type | None = None,
     dataset: str | None = None,
-    config_file_list: Sequence[str | Path | Mapping[str, Any]] | None = None,
+    config_file_list: Sequence[str | Path | Mapping[str, Any]] | str | Path | None = None,
     config_dict: Mapping[str, Any] | None = None,
     *,
     saved: bool = True,
@@ -47,7 +47,8 @@ def run(
     Args:
         model: Name or class of a model of this package or of RecBole.
         dataset: Name of the data set.
-        config_file_list: YAML files, later ones stronger; a mapping stands for a file's contents.
+        config_file_list: YAML files, or one, later ones stronger; a mapping stands for a file's
+            contents.
         config_dict: Values by key, stronger than files.
         saved: Write a run folder below ``checkpoint_dir``. Without one the best weights are kept
             in memory.
@@ -256,6 +257,7 @@ def _make(config: Config) -> _Made:
         dataset = create_dataset(config)
     _check_topk(config, dataset.item_num - 1)
     _check_label(config, dataset)
+    _check_columns(config, dataset)
     if distributed.n_processes() > 1 and set(config["eval_args"]["mode"].values()) == {"full"}:
         # enough batches for everyone; sampled candidates depend on what is in a batch
         share = math.ceil(dataset.user_num / distributed.n_processes())
@@ -495,6 +497,18 @@ def _check_label(config: Config, dataset: Any) -> None:
             "threshold: {rating: 4} with rating in load_col.inter, or draw negatives, "
             "train_neg_sample_args: {distribution: uniform, sample_num: 1}"
         )
+
+
+def _check_columns(config: Config, dataset: Any) -> None:
+    """RecBole's models for columns of ``.item`` fail at one of numbers that is not embedded."""
+    columns = config["selected_features"] if reads_columns(config["model"]) else ()
+    for field in columns:
+        kind = dataset.field2type[field].value
+        if "float" in kind and field not in (config["numerical_features"] or ()):
+            raise InputError(
+                f"selected_features: {field} is of type {kind}, and {config['model']} embeds "
+                f"numbers only with numerical_features: [{field}]; add that, or leave {field} out"
+            )
 
 
 def _data_summary(config: Config, dataset: Any) -> dict[str, Any]:

@@ -340,10 +340,41 @@ def test_wandb_is_missing_before_anything_is_read():
 
 def test_keys_of_other_models_on_the_command_line_are_told(caplog):
     config("SASRec", line=["--knn_k=7"])
-    assert "--knn_k is a key of other models: SASRec ignores it" in caplog.text
+    assert "knn_k in the command line is a key of other models: SASRec ignores it" in caplog.text
+    caplog.clear()
+    config("SASRec", values={"dropout_prob": 0.9})  # GRU4Rec's
+    assert "dropout_prob in config_dict is a key of other models" in caplog.text
     caplog.clear()
     Config("SASRec", "tiny", None, None, ["--knn_k=7"], shared=True)
     assert not caplog.text
+
+
+def test_one_file_needs_no_list_and_values_are_no_files(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("epochs: 7\n")
+    assert config(files=file)["epochs"] == config(files=str(file))["epochs"] == 7
+    refused("give values by key as config_dict", files={"epochs": 7})
+
+
+@pytest.mark.parametrize("model", ["CAMMSR", "MDSRec"])
+def test_negatives_are_refused_for_a_model_that_draws_none(model):
+    refused(
+        f"n_negatives: {model} has no loss on sampled negatives",
+        model=model,
+        line=["--n_negatives=20"],
+    )
+    assert config("MUFASA", line=["--n_negatives=20"])["n_negatives"] == 20
+
+
+def test_a_model_of_columns_needs_one():
+    refused(
+        "SASRecF reads columns of .item, name one", model="SASRecF", line=["--selected_features=[]"]
+    )
+
+
+def test_a_percentage_of_cold_items_is_checked_before_any_data_is_read():
+    for wrong in (".nan", "-5", "150"):
+        refused("cold_items must be a percentage", line=[f"--cold_items={wrong}"])
 
 
 def test_a_key_of_another_model_may_stand_in_a_shared_file(tmp_path):

@@ -1,9 +1,12 @@
 """A run through the Python interface: every kind of model, masking, selection, tuning."""
 
+import shutil
+
 import pytest
 import torch
 
 import recbole_mm
+from recbole_mm.config import DATASETS
 from recbole_mm.data.dataset import MultimodalDataset
 from recbole_mm.errors import EnvironmentFault, InputError, NumericalError, OutOfMemory
 from recbole_mm.evaluation import per_user
@@ -50,6 +53,17 @@ def test_built_in_models_run_under_our_protocol(model, values):
     result = run(model, **values)
     assert_comparable(protocol(result), protocol(run("SASRecFast")))
     assert all(0 <= value <= 1 for value in result["test_result"].values())
+
+
+def test_a_column_of_numbers_is_refused_where_a_model_would_fail_at_it(tmp_path):
+    data = shutil.copytree(DATASETS / "tiny", tmp_path / "tiny")
+    lines = (data / "tiny.item").read_text(encoding="utf-8").splitlines()
+    rows = [lines[0] + "\tprice:float", *(f"{line}\t1.5" for line in lines[1:])]
+    (data / "tiny.item").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    values = {"data_path": str(tmp_path), "selected_features": ["categories", "price"]}
+    with pytest.raises(InputError, match=r"price is of type float.*numerical_features: \[price\]"):
+        run("SASRecF", **values)
+    assert run("SASRecF", **values, numerical_features=["price"])["epochs"] > 0
 
 
 def test_history_masking_means_the_same_for_sequential_and_general_models():

@@ -215,7 +215,9 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
     try:
         _limit_threads(threads)
         if not (folder / RECORD).is_file():
+            _check_data(cell)
             trained = _train(cell, out, threads)
+            _check_data(cell)
             write_json(folder / RECORD, trained)
             # not before: a kill in between would cost the whole training
             (folder / trained["run"] / STATE).unlink(missing_ok=True)
@@ -230,6 +232,17 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
         write_json(
             folder / ERROR,
             {"message": f"{type(error).__name__}: {error}; see {folder / 'output.log'}"},
+        )
+
+
+def _check_data(cell: Cell) -> None:
+    """The files that are read must be those that the key of the cell tells of."""
+    from recbole_mm.config import Config, digest_of_data
+
+    now = digest_of_data(Config(cell.row.model, cell.dataset, [cell.values]))
+    if cell.data and cell.data != now:
+        raise InputError(
+            f"the files of {cell.dataset} have changed since compare began; give the command again"
         )
 
 

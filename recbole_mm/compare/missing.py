@@ -33,7 +33,8 @@ def parse(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
     for text in texts:
         name, _, numbers = text.partition(":")
         try:
-            percents = tuple(float(number) for number in numbers.split(",")) if numbers else ()
+            # as many digits as the record of a measurement has
+            percents = tuple(float(f"{float(n):g}") for n in numbers.split(",") if numbers)
         except ValueError:
             percents = (-1.0,)
         if not name or any(not 0 <= percent <= 100 for percent in percents):

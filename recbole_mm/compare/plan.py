@@ -81,6 +81,7 @@ class Cell:
         values: The resolved configuration, as another ``Config`` takes it: a file that changes
             while compare is at work changes nothing.
         key: Hash of the configuration and of the data files.
+        data: Hash of the data files alone.
         tuned: Whether a file of ``--tuned`` is part of the configuration.
     """
 
@@ -89,6 +90,7 @@ class Cell:
     seed: int
     values: Mapping[str, Any]
     key: str
+    data: str = ""
     tuned: bool = False
 
     @property
@@ -196,10 +198,18 @@ def _cells(
     chosen = list(range(first, first + seeds)) if isinstance(seeds, int) else list(seeds)
     if not chosen or len(set(chosen)) < len(chosen):
         raise InputError(f"--seeds: {seeds!r}; name each seed once, or how many (at least 1)")
+    for seed in chosen:
+        if not 0 <= seed < 2**32:
+            raise InputError(f"--seeds: a seed must lie in [0, 2 ** 32), got {seed}")
+    if "labeled" in config["eval_args"]["mode"].values():
+        raise InputError(
+            f"{row.label}: eval_args: mode labeled has no ranking, and a table is about what each "
+            "user got in one; compare such models with recbole-mm run"
+        )
     values, data = reusable(config.resolved()), digest_of_data(config)
     for seed in chosen:
         key = _hash(_settings(config, seed) + data)
-        yield Cell(row, config["dataset"], seed, {**values, "seed": seed}, key, is_tuned)
+        yield Cell(row, config["dataset"], seed, {**values, "seed": seed}, key, data, is_tuned)
 
 
 @dataclass(frozen=True)
@@ -289,6 +299,9 @@ def _read_variants(file: str | Path | None) -> dict[str, dict[str, Any]]:
             raise InputError(
                 f"{file}: {name!r} must be a plain name and hold a mapping of keys to values"
             )
+        for key in values:
+            if key in _RESERVED:
+                raise InputError(f"{file}: {name}: {key} is not for one row: {_RESERVED[key]}")
     return named
 
 

@@ -24,6 +24,7 @@ from recbole_mm.compare.plan import Row
 from recbole_mm.compare.significance import Comparison
 from recbole_mm.compare.users import users_frame
 from recbole_mm.config import reads_columns
+from recbole_mm.config_rules import has_cuts
 from recbole_mm.errors import InputError, nearest
 from recbole_mm.evaluation import PerUser
 from recbole_mm.protocol import Protocol, assert_comparable
@@ -309,16 +310,21 @@ def shown(
     Raises:
         InputError: If ``show`` names another one.
     """
-    known = [f"{name.lower()}@{k}" for name in metrics for k in topk]
+    known = [name for metric in metrics for name in columns_of(metric.lower(), topk)]
     main = valid_metric.lower()
     chosen = [name.lower() for name in show]
     for name in chosen:
         if name not in known:
             raise InputError(f"--show: unknown metric {name!r}{nearest(name, known)}")
     if not chosen:
-        cut = main.partition("@")[2]
-        chosen = [name for name in known if name.endswith(f"@{cut}")]
+        cut = main.partition("@")[2] or str(max(topk))
+        chosen = [name for name in known if name.partition("@")[2] in (cut, "")]
     return tuple(dict.fromkeys([main, *chosen]))
+
+
+def columns_of(metric: str, topk: Sequence[int]) -> list[str]:
+    """The values that a metric has: one for each cut-off, or a single one."""
+    return [f"{metric}@{k}" for k in topk] if has_cuts(metric) else [metric]
 
 
 def _references(

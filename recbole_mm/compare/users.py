@@ -58,11 +58,13 @@ def counts_of(model: str, dataset: str, values: Any) -> pd.DataFrame:
     """
     with compat.without_recboles_warnings():
         whole = create_dataset(Config(model, dataset, [values]))
-        train, valid, _ = whole.build()
+        train, valid, test = whole.build()
     matrix = train.inter_matrix(form="csr")
-    held = valid.inter_feat[whole.uid_field].numpy()
     of_users = np.asarray(matrix.sum(axis=1)).ravel().astype(int)
-    of_users += np.bincount(held, minlength=len(of_users))
+    of_users += np.bincount(valid.inter_feat[whole.uid_field].numpy(), minlength=len(of_users))
+    if values.get("cold_items"):  # training lacks them, the histories of the test rows do not
+        of_users = np.asarray(whole.inter_matrix(form="csr").sum(axis=1)).ravel().astype(int)
+        of_users -= np.bincount(test.inter_feat[whole.uid_field].numpy(), minlength=len(of_users))
     parts = []
     for kind, field, counts in (
         ("user", whole.uid_field, of_users),

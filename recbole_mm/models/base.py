@@ -44,12 +44,14 @@ class MultimodalSequentialRecommender(SequentialRecommender):
     """A sequential recommender whose items carry frozen features of any number of modalities.
 
     A subclass defines :meth:`item_vectors` (or :meth:`item_table`), :meth:`forward` and
-    ``calculate_loss``, which may return :meth:`next_item_loss`; scores are dot products of the two.
+    ``calculate_loss``, a tuple of terms such as ``(self.next_item_loss(...),)``; scores are dot
+    products of the two.
     With :meth:`states` it can be trained with ``train_objective: all``.
 
     Attributes:
         consumes_features: Whether the declared modalities are loaded for it.
-        samples_negatives: Whether it offers ``n_negatives``, that is :meth:`item_vectors`.
+        samples_negatives: Whether it offers ``n_negatives``: its ``calculate_loss`` takes
+            :meth:`step_items`, and hands them on to :meth:`next_item_loss`.
         loss_names: Names of the terms of ``calculate_loss``, in its order, for the log.
     """
 
@@ -202,6 +204,8 @@ class MultimodalSequentialRecommender(SequentialRecommender):
         item_seq, length = self.histories(interaction)
         everywhere = self.train_objective == "all"
         target = interaction[self.ITEM_TARGETS if everywhere else self.POS_ITEM_ID]
+        if self.n_negatives and step is None:
+            raise ValueError("n_negatives needs the items of the step, step_items(...)")
         if step is not None:
             item_seq, target = step.place[item_seq], step.place[target]
         if everywhere:

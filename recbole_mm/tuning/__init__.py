@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from recbole_mm import compat
-from recbole_mm.config import Config
+from recbole_mm.config import Config, listed
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.tuning import engines
 from recbole_mm.tuning.outputs import write_outputs
@@ -39,7 +39,7 @@ _OLDEST = {"hyperopt": (0, 2, 6), "optuna": (4, 9), "ray": (2, 31)}
 def tune(
     model: str | None = None,
     dataset: str | None = None,
-    config_file_list: Sequence[str | Path] | None = None,
+    config_file_list: Sequence[str | Path] | str | Path | None = None,
     config_dict: Mapping[str, Any] | None = None,
     *,
     params_file: str | Path | None = None,
@@ -98,7 +98,7 @@ def tune(
         raise InputError(f"seeds must be at least 1, got {seeds}")
     if engine == "recbole" and storage is not None:
         raise InputError("storage is for optuna and ray; recbole continues from the output folder")
-    files = [Path(file).resolve() for file in config_file_list or ()]
+    files = [Path(str(file)).resolve() for file in listed(config_file_list)]
     values = dict(config_dict or {}) if seed is None else {**(config_dict or {}), "seed": seed}
     with compat.without_recboles_warnings():
         config = Config(model, dataset, files, values, command_line)

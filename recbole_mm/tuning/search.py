@@ -19,8 +19,13 @@ from recbole_mm.protocol import Protocol, assert_comparable
 from recbole_mm.quick_start import run
 from recbole_mm.tuning.space import Parameter
 
+
+class _ImpossibleError(Exception):
+    """Values of a trial that no configuration may have together."""
+
+
 # a trial that ends with one of these is recorded, and the search goes on
-_FAILURES = (NumericalError, OutOfMemory)
+_FAILURES = (NumericalError, OutOfMemory, _ImpossibleError)
 
 Record = dict[str, Any]
 """A trial as plain data: ``values``, ``scores`` (of each seed), ``score`` and ``valid`` (means over
@@ -113,7 +118,14 @@ class Search:
             for seed in range(self.seed, self.seed + self.n_seeds):
                 if earlier or results:
                     log.setLevel(logging.ERROR)
-                results.append(self._run(values, {"seed": seed, **(machine or {})}))
+                forced = {"show_progress": False, "seed": seed, **(machine or {})}
+                if not results:
+                    try:
+                        Config(*self._settings(values, forced), command_line=self._free(forced))
+                    except InputError as error:
+                        # the search itself is well configured: these values do not go together
+                        raise _ImpossibleError(str(error)) from error
+                results.append(self._run(values, forced))
                 if len(results) == 1:
                     _check_alike(results[0], earlier)
         except _FAILURES as error:
@@ -137,17 +149,23 @@ class Search:
 
     def _run(self, values: Mapping[str, Any], forced: Mapping[str, Any]) -> dict[str, Any]:
         """One run of a trial: the result of :func:`recbole_mm.run`, without a test score."""
-        forced = {"show_progress": False, **forced}
         return run(
-            self.settings["model"],
-            self.settings["dataset"],
-            self.files,
-            {**self.values, **values, **forced},
+            *self._settings(values, forced),
             saved=False,
             score_test=False,
-            # what is forced must not lose to the command line
-            command_line=[a for a in self.command_line if _key(a) not in forced],
+            command_line=self._free(forced),
         )
+
+    def _settings(
+        self, values: Mapping[str, Any], forced: Mapping[str, Any]
+    ) -> tuple[str, str, Sequence[Path], dict[str, Any]]:
+        """Model, data set, files and values of a run."""
+        own = {**self.values, **values, **forced}
+        return self.settings["model"], self.settings["dataset"], self.files, own
+
+    def _free(self, forced: Mapping[str, Any]) -> list[str]:
+        """The command line without what is forced, which must not lose to it."""
+        return [a for a in self.command_line if _key(a) not in forced]
 
     def best(self, records: Sequence[Record]) -> int | None:
         """Index of the record with the best validation score, the first of equal ones."""

@@ -18,8 +18,10 @@ import pytest
 from recbole_mm import compare as module
 from recbole_mm.cli import main
 from recbole_mm.compare import IncompleteTables, cells, compare
+from recbole_mm.compare.cells import _check_data
 from recbole_mm.compare.plan import plan
 from recbole_mm.compare.tables import tabulate
+from recbole_mm.config import DATASETS
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.protocol import Protocol
 from tests.compare.conftest import QUICK
@@ -226,6 +228,27 @@ def test_less_of_some_metrics_is_better(tmp_path):
         assert gain == pytest.approx(100 * (1 - values[row.label] / values["Pop"]))
 
 
+def test_a_metric_without_a_cut_off_has_a_column(tmp_path):
+    values = {"metrics": ["NDCG", "GAUC"], "valid_metric": "GAUC", "epochs": 1, "topk": [5, 10]}
+    (table,) = compare(["Pop", "BPR"], ["tiny"], out=tmp_path / "o", config_dict=values)
+    assert table.metrics == ("gauc", "ndcg@10")
+    assert "test gauc" in (tmp_path / "o/table.md").read_text()
+    assert (tmp_path / "o/report.html").is_file()
+    (table,) = compare(
+        ["Pop", "BPR"], ["tiny"], out=tmp_path / "o", config_dict=values, show=["NDCG@5"]
+    )
+    assert table.metrics == ("gauc", "ndcg@5")
+
+
+def test_files_that_change_in_the_meantime_are_no_result(tmp_path, capsys):
+    data = shutil.copytree(DATASETS / "tiny", tmp_path / "data/tiny")
+    (cell,) = plan(["Pop"], ["tiny"], 1, config_dict={"data_path": str(data.parent)})
+    with (data / "tiny.inter").open("a") as file:
+        file.write("new\t1\t1.0\n")
+    with pytest.raises(InputError, match="the files of tiny have changed since compare began"):
+        _check_data(cell)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -305,6 +328,10 @@ def test_cold_items_get_a_column_of_their_own(tmp_path):
     means = of_cold.set_index("metric")["mean"]
     assert means["mrr@20"] == pytest.approx(cold["mrr@20"].mean(), abs=1e-6)
     assert "hit@10" in means
+    # the cold items of a history are no training rows, and are seen by the model all the same
+    rows = pd.read_csv(DATASETS / "tiny/tiny.inter", sep="\t", dtype=str)
+    of_user = rows["user_id:token"].value_counts()
+    assert (users["history"] == users["user"].map(of_user) - 1).all()
 
 
 @pytest.mark.parametrize("text", ["text:a", "text:101", ":5", "text:-1,2"])
@@ -313,6 +340,7 @@ def test_percentages_of_a_missing_modality_are_checked(text):
 
     assert parse(["text:50,0", "image"]) == {"text": (0.0, 50.0), "image": (0, 25, 50, 75, 100)}
     assert parse(["text:0", "text:50"]) == {"text": (0.0, 50.0)}
+    assert parse(["text:33.33333333"]) == {"text": (33.3333,)}  # as the record spells it
     with pytest.raises(InputError, match="not of the form"):
         parse([text])
 

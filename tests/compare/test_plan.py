@@ -205,3 +205,37 @@ def test_data_sets_are_named_once():
 def test_seeds_are_named_once(seeds):
     with pytest.raises(InputError, match="--seeds"):
         plan(["Pop"], ["tiny"], seeds)
+
+
+@pytest.mark.parametrize("name", ["mine", "a[1]"])
+def test_only_what_a_model_reads_is_in_its_key(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    file = folder / f"{name}.inter"
+    rows = [f"u{u}\ti{i}\t{i}" for u in range(3) for i in range(4)]
+    header = "user_id:token\titem_id:token\ttimestamp:float"
+
+    def key(rows):
+        file.write_text("\n".join([header, *rows]) + "\n")
+        (cell,) = plan(["Pop"], [name], 1, config_dict={"data_path": str(tmp_path)})
+        return cell.key
+
+    whole = key(rows)
+    assert key(rows[:-1]) != whole
+    (folder / f"{name}.feat1CLS").write_text("x")  # features, which Pop does not read
+    assert key(rows) == whole
+
+
+def test_a_variant_sets_no_key_that_is_not_for_one_row(tmp_path):
+    file = tmp_path / "v.yaml"
+    file.write_text("lucky: {seed: 7}\n")
+    with pytest.raises(InputError, match="lucky: seed is not for one row: use --seeds"):
+        plan(["Pop+lucky"], ["tiny"], 1, variants=file)
+
+
+def test_seeds_and_modes_that_no_cell_could_have_are_refused():
+    with pytest.raises(InputError, match="a seed must lie in"):
+        plan(["Pop"], ["tiny"], [2**32])
+    labels = ["--eval_args={mode: labeled}", "--metrics=[AUC]", "--valid_metric=AUC"]
+    with pytest.raises(InputError, match="mode labeled has no ranking"):
+        plan(["FM"], ["tiny"], 1, command_line=labels)

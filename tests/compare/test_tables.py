@@ -18,7 +18,13 @@ from tests.tuning import fake
 USERS = 400
 MARKS = {"*": "*", "-": "v", "+": "+"}
 PROTOCOL = replace(
-    fake.PROTOCOL, metrics=("NDCG", "MRR"), candidates=50, valid_users=USERS, test_users=USERS
+    fake.PROTOCOL,
+    metrics=("NDCG", "MRR"),
+    candidates=50,
+    valid_users=USERS,
+    test_users=USERS,
+    valid_rankings=USERS,
+    test_rankings=USERS,
 )
 
 
@@ -192,7 +198,7 @@ def test_in_a_tie_all_are_best(tmp_path):
 
 
 def test_a_table_without_validation_says_that_the_last_epoch_counts(tmp_path):
-    world = World(tmp_path, replace(PROTOCOL, valid_users=0))
+    world = World(tmp_path, replace(PROTOCOL, valid_users=0, valid_rankings=0))
     said = " ".join(caption(table_of(world.row("SASRec", 0.0)), MARKS))
     assert "0 validation and 400 test users; the last epoch;" in said
     assert "no validation and the test set scored once" in said
@@ -244,6 +250,17 @@ def test_on_a_gpu_the_clock_counts(tmp_path):
     assert line["peak GPU memory, MiB"] == 322
     figure = charts._pareto(table, "ndcg@10")
     assert figure.layout.xaxis.title.text == "wall seconds until the chosen epoch"
+
+
+def test_parquets_hold_data_sets_with_different_metrics(tmp_path):
+    (one,) = World(tmp_path / "one").row("SASRec", 0.0, seeds=1)
+    wide = replace(PROTOCOL, topk=(5, 10))
+    (two,) = World(tmp_path / "two", wide).row("SASRec", 0.0, seeds=1)
+    for first, second in ((one, two), (two, one)):
+        write_all([table_of([first]), table_of([second])], [], tmp_path)
+        users = pd.read_parquet(tmp_path / "users.parquet")
+        assert users["ndcg@5"].isna().sum() == USERS
+        assert users["ndcg@10"].notna().all()
 
 
 def test_parquets_hold_rows_with_one_and_with_several_targets(tmp_path):

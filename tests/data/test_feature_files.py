@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from hypothesis import given, settings
@@ -315,6 +316,18 @@ def test_columns_of_several_number_types_keep_their_values(order, tmp_path):
     assert set(read.dtype.split(", ")) == {"float", "halffloat"}
 
 
+@pytest.mark.parametrize("name", ["f.npz", "f.safetensors"])
+def test_a_file_with_an_array_for_each_item_is_told_in_few_words(name, tmp_path):
+    arrays = {f"B{i:05}": np.zeros(3, np.float32) for i in range(5000)}
+    if name == "f.npz":
+        np.savez(tmp_path / name, **arrays)
+    else:
+        safetensors.numpy.save_file(arrays, tmp_path / name)
+    with pytest.raises(InputError, match=r"only 'B00000', .*\(5000 in all\)") as caught:
+        read_features(tmp_path / name)
+    assert len(str(caught.value)) < 600
+
+
 def test_ragged_list_column_names_the_row(tmp_path):
     table = pa.table({"item_id": ["a", "b", "c"], "v": [[1.0, 2.0], None, [1.0]]})
     pq.write_table(table, tmp_path / "f.parquet")
@@ -517,7 +530,7 @@ def test_integer_ids_are_decimal_text(tmp_path):
 
 def test_archive_without_features_lists_what_it_has(tmp_path):
     np.savez(tmp_path / "f.npz", vectors=VALUES.numpy())
-    with pytest.raises(InputError, match=r"no array `features`, only \['vectors'\]"):
+    with pytest.raises(InputError, match=r"no array `features`, only 'vectors'"):
         read_features(tmp_path / "f.npz")
 
 

@@ -314,6 +314,16 @@ def test_if_no_trial_has_the_memory_the_search_ends_with_that(tune, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_values_that_do_not_go_together_fail_their_trial_alone(tune, engine):
+    runs = Runs()
+    space = "n_layers choice [1]\nhidden_size choice [64, 66]\nn_heads choice [2, 4]\n"
+    found = tune(runs, engine=engine, algo="exhaustive", trials=4, space=space)
+    assert (found["trials"], found["failed"], len(runs.calls)) == (4, 1, 3)
+    table = trials_of(found).set_index("state")
+    assert "n_heads must divide hidden_size: 66" in table.loc["failed", "error"]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_bad_input_stops_the_search(tune, engine):
     runs = Runs({2: wrong()})
     with pytest.raises(InputError, match="hidden_size must divide"):

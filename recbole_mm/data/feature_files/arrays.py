@@ -18,6 +18,7 @@ from recbole_mm.data.feature_files.common import (
     as_tokens,
     check_one_token_a_row,
     copy_on_write,
+    first_names,
     reading,
 )
 from recbole_mm.errors import EnvironmentFault, InputError
@@ -43,7 +44,7 @@ def read_npz(path: Path) -> FeatureFile:
         with np.load(path, allow_pickle=False) as arrays:
             if "features" not in arrays.files:
                 raise InputError(
-                    f"{path}: no array `features`, only {arrays.files}; "
+                    f"{path}: no array `features`, only {first_names(arrays.files)}; "
                     "save with numpy.savez(path, ids=..., features=...)"
                 )
             numbers = arrays["features"]

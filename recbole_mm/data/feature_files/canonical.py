@@ -20,6 +20,7 @@ from recbole_mm.data.feature_files.common import (
     as_tokens,
     check_one_token_a_row,
     copy_on_write,
+    first_names,
     reading,
     row_chunks,
 )
@@ -54,7 +55,7 @@ def read_safetensors(path: Path) -> FeatureFile:
         metadata = header.pop("__metadata__", {})
         if "features" not in header:
             raise InputError(
-                f"{path}: no tensor `features`, only {sorted(header)}; "
+                f"{path}: no tensor `features`, only {first_names(sorted(header))}; "
                 "write it with recbole_mm.data.feature_files.save_features"
             )
         values, dtype = _features(path, header["features"], start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -154,3 +154,9 @@ def neighbours(path: Path) -> str:
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"the folder holds {', '.join(names[:5]) or 'nothing'}"
+
+
+def first_names(names: Sequence[str], most: int = 8) -> str:
+    """Names for a message: a file may hold one for each item."""
+    shown = ", ".join(map(repr, names[:most])) or "nothing"
+    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"

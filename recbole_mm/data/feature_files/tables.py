@@ -14,7 +14,13 @@ import torch
 from recbole.utils.enum_type import FeatureType
 
 from recbole_mm.data.atomic import AtomicFormat, read_header
-from recbole_mm.data.feature_files.common import FeatureFile, as_matrix, as_tokens, reading
+from recbole_mm.data.feature_files.common import (
+    FeatureFile,
+    as_matrix,
+    as_tokens,
+    first_names,
+    reading,
+)
 from recbole_mm.errors import EnvironmentFault, InputError, nearest
 
 
@@ -205,9 +211,9 @@ def column_position(
         _refuse_index_columns(path, columns[:1])
         return 0
     if wanted not in columns:
-        shown = ", ".join(map(repr, columns[:8])) + (", ..." if len(columns) > 8 else "")
         raise InputError(
-            f"{path}: no column {wanted!r}; set `{key}` to one of {shown}{nearest(wanted, columns)}"
+            f"{path}: no column {wanted!r}; set `{key}` to one of "
+            f"{first_names(columns)}{nearest(wanted, columns)}"
         )
     return columns.index(wanted)
 
