@@ -432,6 +432,7 @@ def _check_training(config: Mapping[str, Any], model: type) -> None:
     if negatives.get("distribution", "uniform") != "none" and negatives.get("sample_num", 1) < 1:
         raise InputError(f"train_neg_sample_args: sample_num must be at least 1, got {negatives!r}")
     one_of(config, "hidden_act", ACTIVATIONS)
+    one_of(config, "loss_type", ("CE", "BPR", "BCE", "MSE"))  # all that RecBole's models have
     _check_ours(config, model)
     heads = config.get("n_heads")
     for width in ("hidden_size", "embedding_size"):

@@ -555,3 +555,9 @@ def test_hidden_features_are_those_of_modalities():
     refused(
         "'txt' is no modality here; did you mean 'text'", values={"hidden_features": {"txt": 5}}
     )
+
+
+def test_a_loss_that_no_model_of_recbole_has_is_refused():
+    refused(
+        "loss_type: 'XX' is unknown; use one of CE, BPR", model="SASRec", line=["--loss_type=XX"]
+    )

@@ -1,6 +1,8 @@
 """A run through the Python interface: every kind of model, masking, selection, tuning."""
 
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,18 @@ def test_a_column_of_numbers_is_refused_where_a_model_would_fail_at_it(tmp_path)
     with pytest.raises(InputError, match=r"price is of type float.*numerical_features: \[price\]"):
         run("SASRecF", **values)
     assert run("SASRecF", **values, numerical_features=["price"])["epochs"] > 0
+
+
+def test_the_model_of_the_readme_runs_with_both_objectives():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = (
+        part for part in re.findall(r"```python\n(.*?)```", readme, re.S) if "LastItem" in part
+    )
+    names = {"__name__": "readme"}
+    exec(code, names)  # noqa: S102
+    for objective in ("all", "last"):
+        result = run(names["LastItem"], train_objective=objective, epochs=5)
+        assert result["test_result"]["ndcg@10"] > 0.08  # at random .04
 
 
 def test_history_masking_means_the_same_for_sequential_and_general_models():
