@@ -496,8 +496,8 @@ def _check_coverage(
     )
     if report.coverage < min_coverage or not report.matched:
         raise InputError(
-            f"{found}. Give the missing vectors (if they are derived: rows of .item or .kg), or set "
-            f"`min_coverage` (now {min_coverage}) to the share you accept"
+            f"{found}. Give the missing vectors (if they are derived: rows of .item or .kg), or "
+            f"set `min_coverage` (now {min_coverage}) to the share you accept"
         )
     logger.warning("%s: %s; the rest is masked", report.name, found)
 
