@@ -396,15 +396,16 @@ def _check_ours(config: Mapping[str, Any], model: Any) -> None:
     if not hasattr(model, "offered_objectives"):
         return
     name = model.__name__
+    samples = getattr(model, "samples_negatives", False)
     negatives = config.get("train_neg_sample_args") or {}
     if negatives.get("distribution", "none") != "none":
         raise InputError(
-            f"train_neg_sample_args: {name} would take the drawn items for targets; leave it out, "
-            "and set n_negatives for a loss on sampled negatives"
+            f"train_neg_sample_args: {name} would take the drawn items for targets; leave it out"
+            + (", and set n_negatives for a loss on sampled negatives" if samples else "")
         )
     if str(config["learner"]).lower() == "sparse_adam":
         raise InputError(f"learner: sparse_adam needs sparse gradients, which {name} does not have")
-    if config.get("n_negatives") and not getattr(model, "samples_negatives", True):
+    if config.get("n_negatives") and not samples:
         raise InputError(
             f"n_negatives: {name} has no loss on sampled negatives; leave it out, or give it to "
             "the models that have one (compare: --variants)"

@@ -152,7 +152,7 @@ def _check_processes(config: Config, nproc: int) -> str:
     """Refuse what several processes cannot do; the type of their device."""
     if nproc < 1:
         raise InputError(f"nproc must be at least 1, got {nproc}")
-    trainer: Any = trainer_class(config["MODEL_TYPE"], config["model"])
+    trainer: Any = trainer_class(config["MODEL_TYPE"], config.model_class)
     if not trainer.shareable:
         raise InputError(
             f"{config['model']} cannot be trained by {nproc} processes: RecBole's "
@@ -333,7 +333,7 @@ def _run(
             if config["show_progress"]:
                 print(line)  # noqa: T201  (the report of a run belongs on the terminal)
         _LOG.info(net)
-        trainer = trainer_class(config["MODEL_TYPE"], config["model"])(config, net, folder)
+        trainer = trainer_class(config["MODEL_TYPE"], config.model_class)(config, net, folder)
         if interrupted is not None:
             state = interrupted.read_state()
             trainer.resume(state)

@@ -578,7 +578,7 @@ class MUFASATrainer(Trainer):
             tqdm.write(message)
 
 
-_OWN = {"MUFASA": MUFASATrainer}
+_OWN = {"recbole_mm.models.mufasa.MUFASA": MUFASATrainer}
 
 # trainers whose whole state is known: one optimizer, one pass an epoch, no attribute that changes.
 # The others (KGAT, MKR, NCL, RaCT, RecVAE) train, and cannot be resumed.
@@ -589,12 +589,19 @@ _RESUMABLE = (Trainer, TraditionalTrainer, KGTrainer, MUFASATrainer)
 _SHAREABLE = (Trainer, KGTrainer, MUFASATrainer)
 
 
-def trainer_class(model_type: ModelType, name: str) -> type:
-    """The trainer of a model: ours or RecBole's choice for it.
+def trainer_class(model_type: ModelType, model: type) -> type:
+    """The trainer of a model: ours or RecBole's choice for it, or for what it derives from.
 
-    It has our :class:`TrainerMixin` before it and our :class:`TrainingLoop` beneath it.
+    It has our :class:`TrainerMixin` before it and our :class:`TrainingLoop` beneath it. A class of
+    somebody else's that has the name of a known model is not that model.
     """
-    return _mixed(_OWN.get(name) or get_trainer(model_type, name))
+    for cls in model.__mro__:
+        if (own := _OWN.get(f"{cls.__module__}.{cls.__name__}")) is not None:
+            return _mixed(own)
+    recboles = (
+        cls.__name__ for cls in model.__mro__ if cls.__module__.startswith("recbole.model.")
+    )
+    return _mixed(get_trainer(model_type, next(recboles, "")))
 
 
 @functools.cache

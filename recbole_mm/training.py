@@ -207,7 +207,8 @@ class TrainingLoop(Trainer):
 
     def without_padding(self, interaction: Interaction) -> Interaction:
         """The batch cut to its longest history, if RecBole's model does not mind."""
-        if self.config["model"] not in CUTS_PADDING:
+        is_recboles = type(self.model).__module__.startswith("recbole.model.")
+        if not is_recboles or self.config["model"] not in CUTS_PADDING:
             return interaction
         suffix = self.config["LIST_SUFFIX"]
         longest = max(1, int(interaction[self.config["ITEM_LIST_LENGTH_FIELD"]].max()))

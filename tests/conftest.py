@@ -41,7 +41,7 @@ def build_trainer():
 
     def make(name, **values):
         world = build(name, **values)
-        return trainer_class(world.config["MODEL_TYPE"], name)(
+        return trainer_class(world.config["MODEL_TYPE"], world.config.model_class)(
             world.config, world.model, None
         ), world
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from recbole.model.sequential_recommender import SASRec
+from recbole.utils import ModelType
 from torch import nn
 
 import recbole_mm
@@ -15,6 +16,8 @@ from recbole_mm.config import DATASETS, PROPERTIES, Config, parse_value, reusabl
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.models.mufasa import MUFASA
+from recbole_mm.registry import get_model
+from recbole_mm.trainer import trainer_class
 
 
 def config(model="MUFASA", dataset="tiny", files=None, values=None, line=()):
@@ -490,6 +493,19 @@ def test_a_class_that_derives_from_one_of_ours_runs():
     values = {"epochs": 1, "show_progress": False, "MAX_ITEM_LIST_LENGTH": 10}
     result = recbole_mm.run(Hotter, "tiny", config_dict=values, saved=False)
     assert result["model"] == "Hotter"
+
+
+def test_a_class_has_the_trainer_of_what_it_derives_from_and_not_of_its_namesake():
+    mufasa = trainer_class(ModelType.SEQUENTIAL, MUFASA)
+    assert trainer_class(ModelType.SEQUENTIAL, Hotter) is mufasa
+    assert mufasa.__name__ == "MUFASATrainer"
+    plain = trainer_class(ModelType.SEQUENTIAL, SASRec)
+    namesake = type("MUFASA", (SASRec,), {"__module__": "mine"})
+    assert trainer_class(ModelType.SEQUENTIAL, namesake) is plain
+    assert trainer_class(ModelType.SEQUENTIAL, type("KGAT", (SASRec,), {})) is plain
+    kgat = get_model("KGAT")
+    derived = type("Mine", (kgat,), {"__module__": "mine"})
+    assert trainer_class(ModelType.KNOWLEDGE, derived) is trainer_class(ModelType.KNOWLEDGE, kgat)
 
 
 class Bare(MultimodalSequentialRecommender):

@@ -62,7 +62,7 @@ def test_a_run_that_is_read_back_scores_as_it_did(model, folder):
     config, dataset, (_, _, test), net = open_run(path)
     assert not net.training
     assert dataset.item_num == 121
-    trainer = trainer_class(config["MODEL_TYPE"], config["model"])(config, net, None)
+    trainer = trainer_class(config["MODEL_TYPE"], config.model_class)(config, net, None)
     found = trainer.evaluate(test, load_best_model=False)
     saved = json.loads((path / "result.json").read_text())["test_result"]
     assert dict(found) == saved

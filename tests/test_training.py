@@ -129,6 +129,35 @@ def test_pretraining_clips_and_takes_the_number_type_of_the_rest(build_trainer):
     assert seen == {True}
 
 
+def test_pretraining_sees_every_item_once_a_pass_and_moves_the_ids(build_trainer):
+    trainer, world = build_trainer("MUFASA", mfl_pretrain_epochs=1, mfl_batch_items=16)
+    batches = world.model.catalogue_batches()
+    assert max(map(len, batches)) == 16
+    assert sorted(torch.cat(batches).tolist()) == list(range(1, world.model.n_items))
+    ids = world.model.item_embedding.weight
+    before = ids.detach().clone()
+    trainer._pretrain()
+    assert (ids.detach() != before)[1:].any(1).all()
+
+
+def test_batches_of_a_namesake_of_a_recbole_model_are_not_cut(build_trainer):
+    trainer, world = build_trainer("GRU4Rec")
+    widths = []
+    for model in (world.model, Namesake(world.model)):
+        trainer.model = model
+        batch = next(iter(world.train))
+        short = batch[world.config["ITEM_LIST_LENGTH_FIELD"]] < 4
+        batch = trainer.without_padding(batch[short.nonzero().squeeze(1)])
+        widths.append(batch["item_id_list"].shape[1])
+    assert widths[0] < widths[1] == world.config["MAX_ITEM_LIST_LENGTH"]
+
+
+class Namesake(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+
 def test_a_pretraining_gradient_that_is_not_finite_names_its_parameters(build_trainer):
     trainer, world = build_trainer("MUFASA", mfl_pretrain_epochs=1)
     terms, weight = world.model.fusion_terms, next(world.model.fusion.parameters())

@@ -100,7 +100,7 @@ def measure(run: Path, modality: str, percent: float) -> dict[str, Any]:
 
     try:
         config, _, loaders, model = open_run(run, {"hidden_features": {modality: percent}})
-        trainer = trainer_class(config["MODEL_TYPE"], config["model"])(config, model, None)
+        trainer = trainer_class(config["MODEL_TYPE"], config.model_class)(config, model, None)
         trainer.eval_collector.data_collect(loaders[0])
         result = trainer.evaluate(loaders[2], load_best_model=False)
     except RecboleMMError as error:

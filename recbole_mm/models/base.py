@@ -258,10 +258,14 @@ class MultimodalSequentialRecommender(SequentialRecommender):
         """
         if self.training or torch.is_grad_enabled():
             return self.item_table()
-        state = tuple(
-            version
-            for p in (*self.parameters(), *self.buffers())
-            for version in (p.data_ptr(), p._version, p.dtype)
+        device = next(self.parameters()).device.type
+        state = (
+            torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            *(
+                version
+                for p in (*self.parameters(), *self.buffers())
+                for version in (p.data_ptr(), p._version, p.dtype)
+            ),
         )
         if self._scoring_table is None or self._scoring_table[0] != state:
             self._scoring_table = (state, self.item_table())

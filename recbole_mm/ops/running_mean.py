@@ -33,6 +33,11 @@ def running_softmax_mean(scores: Tensor, values: Tensor) -> Tensor:
         ``(B, L, K, D)`` in the type of ``values``; sums are taken in float32 at least. No tensor of
         L * L is formed.
     """
+    with torch.autocast(scores.device.type, enabled=False):  # it would round what is summed
+        return _running_softmax_mean(scores, values)
+
+
+def _running_softmax_mean(scores: Tensor, values: Tensor) -> Tensor:
     B, L, K = scores.shape
     dtype = values.dtype
     scores, values = (x.to(score_dtype(x.dtype)) for x in (scores, values))

@@ -86,7 +86,8 @@ def sparse_attention(
         n_selected_blocks: Blocks ``n`` that a query attends to token by token, its own included.
         selection: ``query``: each query has its own blocks. ``query_block``: the first query of
             a block selects for all of that block, which stays causal.
-        dropout: Probability of dropping an attention weight, in each branch on its own.
+        dropout: Probability of dropping an attention weight, in each branch on its own; where
+            window and selection both see the whole row they are one attention, dropped once.
         generator: Source of the dropout; ``None`` for torch's own.
         form: ``dense``: tiles of queries against all earlier keys, under masks. ``sparse``: only
             the keys that are seen. Equal but for rounding and the draws of dropout; ``auto`` takes

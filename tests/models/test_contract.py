@@ -64,6 +64,16 @@ def evaluation_batch(world):
 
 
 @every_model
+def test_a_table_of_autocast_does_not_outlive_it(name, build):
+    model = build(name).model
+    with torch.no_grad():
+        before = model.scoring_table()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.scoring_table()
+        assert torch.equal(model.scoring_table(), before)
+
+
+@every_model
 def test_a_changed_buffer_renews_the_scoring_table(name, build):
     world = build(name)
     for module in world.model.modules():  # features are those of the data set, of other tests too

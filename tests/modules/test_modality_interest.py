@@ -38,11 +38,11 @@ def interest(attention, n_layers=2, dropout=0.0, seed=0, **changes):
     torch.manual_seed(seed)
     module = ModalityInterest(
         attention,
-        **{"max_length": L, "k_interests": K, "n_heads": H, "hidden_size": D} | changes,
+        **{"max_length": L, "k_interests": K, "n_heads": H, "hidden_size": D}
+        | {"hidden_dropout_prob": dropout, "attn_dropout_prob": dropout}
+        | changes,
         n_layers=n_layers,
         inner_size=12,
-        hidden_dropout_prob=dropout,
-        attn_dropout_prob=dropout,
         hidden_act="gelu",
         layer_norm_eps=1e-12,
     )
@@ -239,6 +239,13 @@ def test_dropout_falls_in_training_only(attention):
     assert not torch.equal(module(history, table), module(history, table))
     module.eval()
     assert torch.equal(module(history, table), module(history, table))
+
+
+@pytest.mark.parametrize("attention", ["centres", "global", "running"])
+def test_dropout_of_attention_falls_on_its_weights(attention):
+    module, table = interest(attention, attn_dropout_prob=0.5), vectors()
+    history = History(*padded(SEQUENCES))
+    assert not torch.equal(module(history, table), module(history, table))
 
 
 @pytest.mark.parametrize("attention", CAUSAL)

@@ -93,3 +93,10 @@ def test_nothing_of_length_squared_is_held():
             running_softmax_mean(scores, values)
         sizes.append(max(kept))
     assert sizes[1] < 8 * sizes[0]
+
+
+def test_sums_are_taken_in_float32_under_autocast_too():
+    scores = torch.zeros(1, 200, 2, dtype=torch.bfloat16)
+    ones = torch.ones(1, 200, 3, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (running_softmax_mean(scores, ones) == 1).all()
