@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
 import sys
@@ -257,6 +258,12 @@ def _guarded(action: Any) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        name = str(error.filename)
+        print(f"error: {name[:60]}...: too long for a name", file=sys.stderr)  # noqa: T201
+        return InputError.exit_code
     return 0
 
 
@@ -367,8 +374,10 @@ def _extract(known: argparse.Namespace, rest: Sequence[str]) -> None:
     from recbole_mm.data.images import extract_images, item_tokens
 
     place = [f"--data_path={known.data_path}"] if known.data_path else []
-    # where the data set is, how it is written and the device; Pop, since a model must be named
-    config = Config("Pop", known.dataset, _files(known), command_line=[*place, *rest])
+    # where the data set is, how it is written and the device; Pop, since a model must be named,
+    # which cannot do all that a file for the run of another may ask for
+    values = {"train_objective": "last", "explain": False}
+    config = Config("Pop", known.dataset, _files(known), values, [*place, *rest], shared=True)
     folder = Path(config["data_path"])
     out = Path(known.out)
     tokens = item_tokens(

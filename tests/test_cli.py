@@ -228,3 +228,26 @@ def test_model_and_data_set_may_stand_in_a_config_file(tmp_path):
 def test_a_seed_is_not_taken_for_a_number_of_seeds(capsys):
     assert main(["compare", "--models=Pop", "--datasets=tiny", "--seeds=2020"]) == 2
     assert "asks for 2020 seeds; for that one seed write --seeds 2020," in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "--dataset=" + "x" * 300],
+        ["run", "--config_files=" + "x" * 300],
+        ["explain", "x" * 300],
+        ["run", "--resume=" + "x" * 300],
+    ],
+)
+def test_a_name_that_is_too_long_is_bad_input(arguments, capsys):
+    assert main(arguments) == 2
+    assert "too long" in capsys.readouterr().err
+
+
+def test_a_file_for_runs_serves_extract(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("train_objective: all\nexplain: True\nmodalities: [text]\nn_negatives: 5\n")
+    images = tmp_path / "none"
+    arguments = ["extract", "tiny", "--images", str(images), "--config_files", str(file)]
+    assert main([*arguments, "--out", str(tmp_path / "i.safetensors")]) == 2
+    assert str(images) in capsys.readouterr().err  # what is wrong is the folder, not the file
