@@ -604,8 +604,10 @@ def test_ray_searches_records_failures_stops_at_bad_input_and_continues(tmp_path
     seconds = trials_of(found)["seconds"].tolist()
     again = tune("learning_rate choice [0.002,1e30]\n", "out")
     assert trials_of(again)["seconds"].tolist() == seconds  # read back
-    with pytest.raises(InputError, match="n_heads must divide hidden_size: 65"):
-        tune("hidden_size choice [64,65]\n", "bad")
+    found = tune("hidden_size choice [64,65]\n", "impossible")
+    assert (found["trials"], found["failed"]) == (2, 1)
+    with pytest.raises(InputError, match="n_negatives must lie between"):  # only the data tell
+        tune("n_negatives choice [0,5000]\n", "bad")
 
 
 def test_processes_may_write_one_file_at_the_same_time(tmp_path, monkeypatch):
