@@ -75,11 +75,20 @@ class Protocol:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Protocol:
-        """The protocol that :meth:`as_dict` has made plain."""
+        """The protocol that :meth:`as_dict` has made plain.
+
+        Raises:
+            InputError: If it was written by a version that did not count rankings, and they matter.
+        """
         plain: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
         }
-        for part in ("valid", "test"):  # written before it was noted: leave-one-out has one each
+        if "test_rankings" not in plain and not str(plain["split"]).startswith("LS"):
+            raise InputError(
+                f"a run with split {plain['split']} was made before rankings were counted, and "
+                "cannot be compared; run it again, into another folder"
+            )
+        for part in ("valid", "test"):  # leave-one-out has one for each user
             plain.setdefault(f"{part}_rankings", plain[f"{part}_users"])
         return cls(**plain)
 

@@ -118,6 +118,8 @@ def test_a_protocol_without_numbers_of_rankings_is_one_of_leave_one_out():
     held = run("Pop")["protocol"]
     older = {key: value for key, value in held.items() if not key.endswith("_rankings")}
     assert Protocol.from_dict(older) == Protocol.from_dict(held)
+    with pytest.raises(InputError, match="made before rankings were counted"):
+        Protocol.from_dict({**older, "split": "TS [0.8, 0.1, 0.1]"})
 
 
 def test_masked_items_leave_the_ranking_of_a_sequential_model(build_trainer):
