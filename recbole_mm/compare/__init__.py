@@ -43,7 +43,8 @@ def compare(
     """Train and score every model on every data set with every seed, and write the tables.
 
     Runs are kept below ``out/cells``: those that are finished, with the same configuration and
-    data, are not run again, so that a call that was interrupted goes on where it was.
+    data, are not run again, so that a call that was interrupted goes on where it was. A program
+    that calls this needs ``if __name__ == "__main__"``, since the processes of the cells import it.
 
     Args:
         models: Names of models, with variants: ``MUFASA``, ``MUFASA+without_anchor``, ``MUFASA+*``.

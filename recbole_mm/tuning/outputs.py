@@ -97,12 +97,13 @@ def _table(search: Search, records: Sequence[Record]) -> pd.DataFrame:
             **record["values"],
             **_by_seed(search, record["scores"] or ()),
             **{f"valid {name}": value for name, value in (record["valid"] or {}).items()},
-            **{key: record[key] for key in ("best_epoch", "epochs", "seconds", "error")},
+            **{_last(key, search): record[key] for key in _LAST},
         }
         for number, record in enumerate(records, 1)
     ]
     table = pd.DataFrame(rows)
-    return table[[c for c in table if c not in _LAST] + list(_LAST)]
+    last = [_last(key, search) for key in _LAST]
+    return table[[c for c in table if c not in last] + last]
 
 
 def _by_seed(search: Search, scores: Sequence[float]) -> dict[str, float]:
@@ -113,6 +114,11 @@ def _by_seed(search: Search, scores: Sequence[float]) -> dict[str, float]:
 
 
 _LAST = ("best_epoch", "epochs", "seconds", "error")
+
+
+def _last(key: str, search: Search) -> str:
+    """Name of a column of what a trial came to, beside one of the same name that is searched."""
+    return f"{key} run" if key in search.space else key
 
 
 def _page(search: Search, records: Sequence[Record]) -> str:

@@ -610,6 +610,12 @@ def test_ray_searches_records_failures_stops_at_bad_input_and_continues(tmp_path
         tune("n_negatives choice [0,5000]\n", "bad")
 
 
+def test_searched_epochs_stand_beside_those_that_were_run(tune):
+    space = "n_layers choice [1]\nn_heads choice [1]\nepochs choice [7]\n"
+    found = tune(Runs(), algo="exhaustive", trials=1, space=space)
+    assert trials_of(found).loc[0, ["epochs", "epochs run"]].tolist() == [7, 1]
+
+
 def test_processes_may_write_one_file_at_the_same_time(tmp_path, monkeypatch):
     replace = Path.replace
 
