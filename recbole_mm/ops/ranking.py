@@ -2,9 +2,9 @@
 
 The order of a row's items is total: by score, and among equal scores by a pseudo-random number of
 the pair (user, item). Every item of a tie is therefore equally likely at each of its places, a
-constant scorer gets the metrics of a random one in expectation, and a result depends neither on
-batch size, chunks, threads or device, nor on the order of item ids. (``torch.topk`` alone favours
-low ids.) [ours]
+constant scorer gets the metrics of a random one in expectation, and a result depends on neither
+batch size nor chunks, threads or device. The pair is one of internal ids: files in another order
+draw other ties, favouring no item. (``torch.topk`` alone favours low ids.) [ours]
 
 Scores of ``-inf`` mean that the item is no candidate: it is in no list. Column 0 of the catalogue
 is padding and must be ``-inf``.
