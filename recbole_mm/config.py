@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -20,7 +20,13 @@ from recbole_mm import compat, config_rules, distributed
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError, nearest
-from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model, model_of_run
+from recbole_mm.registry import (
+    MODELS,
+    RECBOLE_PROPERTIES,
+    get_model,
+    is_recboles,
+    model_of_run,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,6 +60,9 @@ NO_NUMBERS = frozenset(
     }
 )
 """Keys that change no number of a run: where things are, what is shown, which device."""
+
+
+_F = TypeVar("_F")
 
 
 class _Loader(yaml.SafeLoader):
@@ -173,10 +182,10 @@ class Config(RecBoleConfig):
         return _Loader
 
     def _load_config_files(
-        self, file_list: Sequence[str | Path | Mapping[str, Any]] | None
+        self, file_list: Sequence[str | Path | Mapping[str, Any]]
     ) -> dict[str, Any]:
         self._files = [
-            file if isinstance(file, Mapping) else read_yaml(Path(file)) for file in file_list or ()
+            file if isinstance(file, Mapping) else read_yaml(Path(file)) for file in file_list
         ]
         return {key: value for file in self._files for key, value in file.items()}
 
@@ -224,7 +233,7 @@ class Config(RecBoleConfig):
             *(
                 RECBOLE_PROPERTIES / f"model/{cls.__name__}.yaml"
                 for cls in parents
-                if _is_recboles(cls)
+                if is_recboles(cls)
             ),
             PROPERTIES / "overall.yaml",
             *(
@@ -422,9 +431,7 @@ class Config(RecBoleConfig):
         return cls(model, None, [values], config_dict, command_line)
 
 
-def listed(
-    files: Sequence[str | Path | Mapping[str, Any]] | str | Path | None,
-) -> list[str | Path | Mapping[str, Any]]:
+def listed(files: Sequence[_F] | str | Path | None) -> list[_F | str | Path]:
     """Config files as a list, also of a single one.
 
     Raises:
@@ -542,10 +549,6 @@ def _recbole_keys() -> set[str]:
 def _other_models_keys() -> set[str]:
     files = [*(RECBOLE_PROPERTIES / "model").glob("*.yaml"), *(PROPERTIES / "model").glob("*.yaml")]
     return {key for file in files for key in read_yaml(file)}
-
-
-def _is_recboles(model: type) -> bool:
-    return model.__module__.startswith("recbole.model.")
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ from recbole_mm.checkpoint import Checkpoint, load_weights
 from recbole_mm.config import Config, reads_columns, reads_features
 from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import EnvironmentFault, InputError, OutOfMemory, RecboleMMError
-from recbole_mm.run_folder import RunFolder, environment
+from recbole_mm.run_folder import DAMAGED, RunFolder, environment
 from recbole_mm.trainer import trainer_class
 
 _LOG = logging.getLogger(__name__)
@@ -285,11 +285,7 @@ def _make(config: Config) -> _Made:
     except ValueError as error:
         # the parts of a model check their sizes and choices where they use them
         raise InputError(f"{config['model']}: {error}") from error
-    summary = _data_summary(config, dataset)
-    categories = loaders[0]._dataset.categories_read
-    if categories is not None:
-        summary["categories"] = categories.fingerprint()
-    return _Made(dataset, loaders, rules, net, summary)
+    return _Made(dataset, loaders, rules, net, _data_summary(config, dataset))
 
 
 def _eval_batch_unit(config: Config, n_items: int) -> int:
@@ -530,7 +526,13 @@ def _data_summary(config: Config, dataset: Any) -> dict[str, Any]:
             f"modalities {', '.join(config['modalities'])}: not loaded, "
             f"{config['model']} does not read them"
         )
-    return {"interactions": report.as_dict(), "modalities": features, "lines": lines}
+    categories = dataset.categories_read
+    return {
+        "interactions": report.as_dict(),
+        "modalities": features,
+        "categories": None if categories is None else categories.fingerprint(),
+        "lines": lines,
+    }
 
 
 def _write_start(
@@ -592,8 +594,7 @@ def _check_data(folder: Path, made: _Made) -> None:
         saved = _identity(*(run.read_json(f"{name}.json") for name in ("protocol", "ids", "data")))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{folder}: protocol.json, ids.json or data.json is not whole ({error!r}); "
-            "restore the folder, or run it anew"
+            f"{folder}: protocol.json, ids.json or data.json is not whole ({error!r}); {DAMAGED}"
         ) from error
     now = _identity(made.rules.as_dict(), _ids(made.dataset), made.data)
     for key in _NOTED_LATER:

@@ -51,7 +51,7 @@ STATE = "last.safetensors"
 ITEMS = "items.safetensors"
 
 _PACKAGES = ("recbole", "torch", "numpy", "scipy", "pandas", "scikit-learn", "safetensors")
-_DAMAGED = "restore the folder, or run it anew"
+DAMAGED = "restore the folder, or run it anew"
 _ANSI = "\x1b["
 
 
@@ -113,10 +113,10 @@ class RunFolder:
         try:
             values: Any = yaml.safe_load(file.read_text("utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"{file}: cannot be read ({error}); {_DAMAGED}") from error
+            raise InputError(f"{file}: cannot be read ({error}); {DAMAGED}") from error
         # the keys are sorted: with the last of RecBole's the file is whole
         if not isinstance(values, dict) or "worker" not in values:
-            raise InputError(f"{file}: is not whole; {_DAMAGED}")
+            raise InputError(f"{file}: is not whole; {DAMAGED}")
         return values
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -129,9 +129,9 @@ class RunFolder:
         try:
             content: Any = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"{file}: cannot be read ({error}); {_DAMAGED}") from error
+            raise InputError(f"{file}: cannot be read ({error}); {DAMAGED}") from error
         if not isinstance(content, dict) or not content:
-            raise InputError(f"{file}: holds no mapping; {_DAMAGED}")
+            raise InputError(f"{file}: holds no mapping; {DAMAGED}")
         return content
 
     def write_lines(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:

@@ -28,7 +28,7 @@ from recbole_mm.data.item_graph import ItemGraphs
 from recbole_mm.errors import InputError, NumericalError, nearest
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.registry import model_of_run
-from recbole_mm.run_folder import ITEMS, RunFolder
+from recbole_mm.run_folder import DAMAGED, ITEMS, RunFolder
 
 _ENUMS = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
 
@@ -300,7 +300,7 @@ def load(
     saved = run.read_weights()
     items = ids.get(config["ITEM_ID_FIELD"])
     if not isinstance(items, list):
-        raise InputError(f"{path / 'ids.json'}: has no list of items; run it anew")
+        raise InputError(f"{path / 'ids.json'}: has no list of items; {DAMAGED}")
     _check(path, saved.about, kept.about, config, items)
     model_class = model or model_of_run(config["model"], path)
     with compat.without_recboles_warnings():

@@ -36,6 +36,7 @@ from recbole_mm.data.batches import loaders_of, seed_batches
 from recbole_mm.errors import InputError, NumericalError
 from recbole_mm.evaluation import Collector, Evaluator, PerUser, Ranker
 from recbole_mm.models.mufasa import MUFASA
+from recbole_mm.registry import is_recboles
 from recbole_mm.training import TrainingLoop
 
 if TYPE_CHECKING:
@@ -578,8 +579,6 @@ class MUFASATrainer(Trainer):
             tqdm.write(message)
 
 
-_OWN = {"recbole_mm.models.mufasa.MUFASA": MUFASATrainer}
-
 # trainers whose whole state is known: one optimizer, one pass an epoch, no attribute that changes.
 # The others (KGAT, MKR, NCL, RaCT, RecVAE) train, and cannot be resumed.
 _RESUMABLE = (Trainer, TraditionalTrainer, KGTrainer, MUFASATrainer)
@@ -595,12 +594,9 @@ def trainer_class(model_type: ModelType, model: type) -> type:
     It has our :class:`TrainerMixin` before it and our :class:`TrainingLoop` beneath it. A class of
     somebody else's that has the name of a known model is not that model.
     """
-    for cls in model.__mro__:
-        if (own := _OWN.get(f"{cls.__module__}.{cls.__name__}")) is not None:
-            return _mixed(own)
-    recboles = (
-        cls.__name__ for cls in model.__mro__ if cls.__module__.startswith("recbole.model.")
-    )
+    if issubclass(model, MUFASA):
+        return _mixed(MUFASATrainer)
+    recboles = (cls.__name__ for cls in model.__mro__ if is_recboles(cls))
     return _mixed(get_trainer(model_type, next(recboles, "")))
 
 

@@ -239,8 +239,7 @@ def _check_data(cell: Cell) -> None:
     """The files that are read must be those that the key of the cell tells of."""
     from recbole_mm.config import Config, digest_of_data
 
-    now = digest_of_data(Config(cell.row.model, cell.dataset, [cell.values]))
-    if cell.data and cell.data != now:
+    if digest_of_data(Config(cell.row.model, cell.dataset, [cell.values])) != cell.data:
         raise InputError(
             f"the files of {cell.dataset} have changed since compare began; give the command again"
         )

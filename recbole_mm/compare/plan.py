@@ -90,7 +90,7 @@ class Cell:
     seed: int
     values: Mapping[str, Any]
     key: str
-    data: str = ""
+    data: str
     tuned: bool = False
 
     @property

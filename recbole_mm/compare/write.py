@@ -350,7 +350,7 @@ def _frame_of_cells(outcomes: Sequence[Outcome], out: Path) -> pd.DataFrame:
 def _write_parquet(tables: Sequence[Table], out: Path) -> None:
     """What each user got, a row group for each cell: all of them together may not fit memory."""
     # data sets may differ in their metrics
-    columns = dict.fromkeys(name for t in tables for name in t.rows[0].users[0].columns)
+    columns = list(dict.fromkeys(name for t in tables for name in t.rows[0].users[0].columns))
     with ExitStack() as stack:
         users, lists = (_Parquet(out / f"{n}.parquet", stack) for n in ("users", "topk"))
         for table in tables:
@@ -363,7 +363,7 @@ def _write_parquet(tables: Sequence[Table], out: Path) -> None:
                     }
                     # no number where a row has several targets
                     frame = frame.astype({"target_count": "Int64"})
-                    users.write(of_run, frame.reindex(columns=list(columns)))
+                    users.write(of_run, frame.reindex(columns=columns))
                     lists.write(of_run, lists_frame(PerUser.load(outcome.run / "per_user.npz")))
 
 

@@ -98,7 +98,7 @@ def tune(
         raise InputError(f"seeds must be at least 1, got {seeds}")
     if engine == "recbole" and storage is not None:
         raise InputError("storage is for optuna and ray; recbole continues from the output folder")
-    files = [Path(str(file)).resolve() for file in listed(config_file_list)]
+    files = [Path(file).resolve() for file in listed(config_file_list)]
     values = dict(config_dict or {}) if seed is None else {**(config_dict or {}), "seed": seed}
     with compat.without_recboles_warnings():
         config = Config(model, dataset, files, values, command_line)

@@ -240,13 +240,19 @@ def test_a_metric_without_a_cut_off_has_a_column(tmp_path):
     assert table.metrics == ("gauc", "ndcg@5")
 
 
-def test_files_that_change_in_the_meantime_are_no_result(tmp_path, capsys):
+def test_files_that_change_in_the_meantime_are_no_result(tmp_path, monkeypatch):
     data = shutil.copytree(DATASETS / "tiny", tmp_path / "data/tiny")
     (cell,) = plan(["Pop"], ["tiny"], 1, config_dict={"data_path": str(data.parent)})
     with (data / "tiny.inter").open("a") as file:
         file.write("new\t1\t1.0\n")
     with pytest.raises(InputError, match="the files of tiny have changed since compare began"):
         _check_data(cell)
+    again = plan(["Pop"], ["tiny"], 1, config_dict={"data_path": str(data.parent)})
+    (data / "tiny.inter").write_bytes((DATASETS / "tiny/tiny.inter").read_bytes())
+    monkeypatch.setattr(module, "plan", lambda *_, **__: again)
+    with pytest.raises(IncompleteTables, match="have changed since compare began"):
+        compare(["Pop"], ["tiny"], out=tmp_path / "o")
+    assert not list((tmp_path / "o").glob("cells/*/*/*/cell.json"))
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class World:
             topk=np.tile(np.arange(1, 11), (USERS, 1)),
             items=np.array([str(number) for number in range(51)]),
         )
-        cell = Cell(row, "made-up", seed, values, "key", **change)
+        cell = Cell(row, "made-up", seed, values, "key", "data", **change)
         folder = self.out / "cells" / cell.folder
         (folder / "run").mkdir(parents=True)
         got.save(folder / "run" / "per_user.npz")
