@@ -209,6 +209,8 @@ class Recommender:
                 f"{self.config['model']} recommends to users that it was trained on, not to "
                 "histories; use a sequential model"
             )
+        if isinstance(k, bool) or not hasattr(k, "__index__"):  # as numpy's integers have
+            raise InputError(f"k must be a whole number, got {k!r}")
         if not 1 <= k < len(self.items):
             raise InputError(f"k must lie between 1 and {len(self.items) - 1}, got {k!r}")
         masked = self.config["mask_history"] if mask_history is None else mask_history
@@ -226,8 +228,9 @@ class Recommender:
         return found
 
     def _ids(self, number: int, history: Sequence[str], skip_unknown: bool) -> list[int]:
-        if isinstance(history, str):
-            raise InputError(f"history {number} is a text, not a list of item tokens: {history!r}")
+        if isinstance(history, (str, bytes)) or not hasattr(history, "__len__"):
+            kind = "a text" if isinstance(history, (str, bytes)) else type(history).__name__
+            raise InputError(f"history {number} is {kind}, not a list of item tokens: {history!r}")
         unknown = [token for token in history if str(token) not in self._id_of]
         if unknown and not skip_unknown:
             raise InputError(

@@ -114,6 +114,13 @@ def test_histories_are_answered_in_pieces_that_fit_the_memory(folder, monkeypatc
         ((["i001"],), "is a text, not a list"),
         (([["i001"]], 0), "k must lie between 1 and 120, got 0"),
         (([["i001"]], 121), "k must lie between 1 and 120, got 121"),
+        *(
+            (([["i001"]], k), f"k must be a whole number, got {k!r}")
+            for k in (2.0, "3", True, None)
+        ),
+        (([1, 2],), "history 0 is int, not a list of item tokens: 1"),
+        (([b"i001"],), "is a text, not a list"),
+        (([iter(["i001"])],), "history 0 is list_iterator, not a list"),
     ],
 )
 def test_impossible_questions_are_refused(arguments, message, folder):
