@@ -660,6 +660,21 @@ def test_absent_rows_may_hold_nan_when_saved(tmp_path):
     assert torch.equal(read_features(tmp_path / "f.safetensors").present, present)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", ">f8", "int64"])
+def test_a_numpy_matrix_is_saved_as_its_tensor(tmp_path, dtype):
+    matrix = (VALUES.numpy() * 10).astype(dtype)[::-1]
+    save_features(
+        tmp_path / "f.safetensors", matrix, np.array(TOKENS), np.array([True] * len(matrix))
+    )
+    file = read_features(tmp_path / "f.safetensors")
+    assert file.tokens == TOKENS
+    assert np.array_equal(
+        file.values.numpy(), matrix.astype("float16" if dtype == "float16" else "float32")
+    )
+    with pytest.raises(InputError, match="dtype object"):
+        save_features(tmp_path / "o.safetensors", matrix.astype(object), TOKENS)
+
+
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "f.safetensors"
     save_features(path, VALUES, TOKENS)

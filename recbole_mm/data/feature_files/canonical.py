@@ -115,9 +115,9 @@ def _features(path: Path, entry: dict[str, Any], start: int) -> tuple[Tensor, st
 
 def save_features(
     path: Path | str,
-    values: Tensor,
+    values: Tensor | np.ndarray[Any, Any],
     tokens: Sequence[str],
-    present: Tensor | None = None,
+    present: Tensor | np.ndarray[Any, Any] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the canonical safetensors form, whole or not at all.
@@ -140,6 +140,8 @@ def save_features(
     path = Path(path)
     tokens = [str(token) for token in tokens]
     metadata = dict(metadata or {})
+    if not isinstance(values, Tensor):
+        values = as_matrix(np.ascontiguousarray(values), path)
     if path.suffix != ".safetensors":
         raise InputError(f"{path}: the canonical form ends in .safetensors")
     if values.ndim != 2 or values.numel() == 0 or values.is_complex():
@@ -152,7 +154,9 @@ def save_features(
         seen: set[str] = set()
         twice = next(token for token in tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
         raise InputError(f"{path}: item token {twice!r} stands twice; write each item once")
-    present = torch.ones(n_rows, dtype=torch.bool) if present is None else present.bool()
+    present = (
+        torch.ones(n_rows, dtype=torch.bool) if present is None else torch.as_tensor(present).bool()
+    )
     if present.shape != (n_rows,):
         raise InputError(f"{path}: present has shape {tuple(present.shape)}, not ({n_rows},)")
     if "ids" in metadata or not all(isinstance(text, str) for text in metadata.values()):
