@@ -489,9 +489,15 @@ def test_results_by_user_refuse_what_they_cannot_read(tmp_path, build_trainer):
     (tmp_path / "other.npz").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(InputError, match=r"other\.npz.*save_per_user"):
         PerUser.load(tmp_path / "other.npz")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with pytest.raises(InputError, match=r"array\.npy.*save_per_user"):
+        PerUser.load(tmp_path / "array.npy")
     trainer, world = build_trainer("SASRecFast")
     got = per_user(trainer, world.test)
     with pytest.raises(InputError, match=r"'ndgc@10' is no metric.*did you mean 'ndcg'"):
         got.metric("ndgc@10")
+    for name in ("ndcg", "ndcg@0", "ndcg@²"):
+        with pytest.raises(InputError, match=r"is no metric of single users; known"):
+            got.metric(name)
     got.save(tmp_path / "mine.npz")
     assert PerUser.load(tmp_path / "mine.npz").users.tolist() == got.users.tolist()

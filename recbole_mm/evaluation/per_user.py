@@ -57,9 +57,10 @@ class PerUser:
         compat.set_numpy_names()
         kind, _, cut = name.lower().partition("@")
         known = {n for n, cls in metrics_dict.items() if issubclass(cls, TopkMetric)}
-        if kind not in known or not cut.isdigit() or int(cut) < 1:
+        if kind not in known or not cut.isdecimal() or int(cut) < 1:
+            near = "" if kind in known else nearest(kind, known)
             raise InputError(
-                f"{name!r} is no metric of single users{nearest(kind, known)}; "
+                f"{name!r} is no metric of single users{near}; "
                 f"known: {', '.join(sorted(known))}, with a cut-off as in ndcg@10"
             )
         k = int(cut)
@@ -98,7 +99,11 @@ class PerUser:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return cls(**{field.name: file[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        # the last two of an .npy: an array is no context, as Python 3.11 and 3.10 say it
+        except (
+            *(OSError, ValueError, KeyError, EOFError, BadZipFile),
+            *(TypeError, AttributeError),
+        ) as error:
             raise InputError(
                 f"{path}: not a file of results by user ({error}); "
                 "a run writes per_user.npz with save_per_user: True"
