@@ -5,6 +5,7 @@ RecBole's own ``recbole.quick_start`` is never imported: it imports ray.
 
 from __future__ import annotations
 
+import errno
 import functools
 import logging
 import math
@@ -102,11 +103,20 @@ _MEMORY_KEYS = ("train_batch_size", "MAX_ITEM_LIST_LENGTH", "loss_memory_mb", "e
 
 @contextmanager
 def _memory_mends(config: Config) -> Iterator[None]:
-    """Say which keys lower the memory when it is used up, instead of a traceback."""
+    """Say what to do when memory or disk are used up, instead of a traceback."""
     try:
         yield
     except RecboleMMError:
         raise
+    except OSError as error:  # at files of others: the log, TensorBoard's events, scratch
+        reason = error.strerror or str(error)
+        is_disk = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if not is_disk and "temporary directory" not in reason:
+            raise
+        raise EnvironmentFault(
+            f"{config['model']} on {config['dataset']}: a file cannot be written ({reason}); free "
+            "space, or point checkpoint_dir, and TMPDIR for scratch, at folders that can be written"
+        ) from error
     except (MemoryError, RuntimeError) as error:
         # torch has a class of its own for GPUs only
         refused = ("allocate memory", "not enough memory", "out of memory")

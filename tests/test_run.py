@@ -1,5 +1,6 @@
 """A run through the Python interface: every kind of model, masking, selection, tuning."""
 
+import errno
 import re
 import shutil
 from pathlib import Path
@@ -18,6 +19,25 @@ from recbole_mm.trainer import trainer_class
 from recbole_mm.training import CUTS_PADDING
 
 QUICK = {"epochs": 1, "MAX_ITEM_LIST_LENGTH": 10, "show_progress": False, "train_batch_size": 256}
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+    ],
+)
+@pytest.mark.parametrize("place", ["SummaryWriter", "TemporaryDirectory"])
+def test_a_disk_that_refuses_the_files_of_others_is_a_fault_of_the_machine(
+    refusal, place, tmp_path, monkeypatch
+):
+    def refuse(*_):
+        raise refusal
+
+    monkeypatch.setattr(f"recbole_mm.trainer.{place}", refuse)
+    with pytest.raises(EnvironmentFault, match=f"{refusal.strerror[:8]}.*TMPDIR"):
+        recbole_mm.run("SASRecFast", "tiny", config_dict={**QUICK, "checkpoint_dir": str(tmp_path)})
 
 
 def run(model, **values):
