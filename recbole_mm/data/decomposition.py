@@ -77,7 +77,7 @@ def _singular_vectors(
     """
     n_rows, n_columns = matrix.shape
     limit = min(n_rows, n_columns)
-    if limit > _DENSE:
+    if limit > max(_DENSE, k):  # Lanczos gives fewer than all
         start = np.random.default_rng(0).random(limit)
         u, s, vt = svds(matrix, k=k, v0=start)
         return (u * s)[:, ::-1], vt[::-1]

@@ -37,7 +37,9 @@ def test_lanczos_begins_at_the_same_vector_every_time(monkeypatch):
     assert (first == second).all()
 
 
-def test_all_components_hold_all_variance():
+@pytest.mark.parametrize("largest_dense", [0, 2048])
+def test_all_components_hold_all_variance(largest_dense, monkeypatch):
+    monkeypatch.setattr(decomposition, "_DENSE", largest_dense)
     matrix = np.random.default_rng(0).random((6, 4))
     values, explained = decompose(sp.csr_matrix(matrix), 4, "m")
     assert values.shape == (6, 4)
