@@ -201,6 +201,10 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
         raise InputError(
             f"state must be a level of logging, {', '.join(_LEVELS)}, got {config['state']!r}"
         )
+    if config["data_path"] is None:
+        raise InputError(
+            "data_path must name the folder that holds the data set's folder, got None"
+        )
     if not config["checkpoint_dir"]:
         raise InputError("checkpoint_dir must name a folder, got nothing; '.' is the present one")
     for key, value in config.items():

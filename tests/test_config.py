@@ -214,6 +214,7 @@ def test_bad_values_are_refused_before_any_data_is_read(key, value, match):
         ),
         ("--state=verbose", "state must be a level of logging"),
         ("--checkpoint_dir=", "checkpoint_dir must name a folder"),
+        ("--data_path=None", "data_path must name the folder that holds"),
         ("--eval_args={mode: labeled}", "mode labeled has no ranking"),
         ("--eval_args={mode: {valdi: uni50}}", "mode: unknown key 'valdi'.*did you mean 'valid'"),
         ("--eval_args={mode: uni-5}", "mode must be full, labeled, uniN or popN.*got 'uni-5'"),
