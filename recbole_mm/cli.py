@@ -446,8 +446,12 @@ def _model_and_dataset(
 ) -> tuple[str | None, str | None]:
     # with config files, or a run folder, model and dataset stand there
     elsewhere = files or getattr(known, "resume", None)
-    model = known.model or (None if elsewhere else "MUFASA")
-    dataset = known.dataset or (None if elsewhere else "ml-100k")
+    model, dataset = known.model, known.dataset
+    # an empty one, --model=$UNSET, is no wish for the default
+    if model is None and not elsewhere:
+        model = "MUFASA"
+    if dataset is None and not elsewhere:
+        dataset = "ml-100k"
     return model, dataset
 
 

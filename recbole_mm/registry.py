@@ -44,7 +44,8 @@ def get_model(name: str) -> type:
         return MODELS[name]
     if name in _UNSUPPORTED:
         raise InputError(f"model {name!r} does not run here: {_UNSUPPORTED[name]}")
-    model = compat.import_model(name)
+    # a name with dots, my_module.Model, would make Python look for a package of RecBole's
+    model = compat.import_model(name) if name.isidentifier() else None
     if model is None:
         names = model_names()
         raise InputError(

@@ -173,6 +173,9 @@ def test_a_reader_that_has_enough_is_no_error():
     ("arguments", "code", "message"),
     [
         (["--model=NoSuchModel"], 2, "unknown model 'NoSuchModel'"),
+        (["--model=my_module.Model"], 2, "unknown model 'my_module.Model'"),
+        (["--model="], 2, "unknown model ''"),
+        (["--dataset="], 2, "dataset must be a plain folder name below data_path, got ''"),
         (["--epochs=ten"], 2, "epochs must be of type int, got 'ten'"),
         (["--learning_rat=0.1"], 2, "did you mean 'learning_rate'"),
         (["--topk=[5,500]", "--valid_metric=NDCG@5"], 2, "more than the 120 items of tiny"),
