@@ -171,6 +171,20 @@ def default_cache_dir() -> Path:
     return (xdg if xdg.is_absolute() else Path("~/.cache").expanduser()) / "recbole_mm"
 
 
+def cache_folder(chosen: str | Path | None) -> Path:
+    """The folder that the configuration names, or else :func:`default_cache_dir`.
+
+    Raises:
+        EnvironmentFault: If it begins with the home of a user who is unknown or has none.
+    """
+    try:
+        return default_cache_dir() if chosen is None else Path(chosen).expanduser()
+    except RuntimeError as error:
+        raise EnvironmentFault(
+            f"the cache of derived features: {chosen or '~'}: {error}; {CACHE_MEND}"
+        ) from error
+
+
 def resolve_declarations(
     declarations: Mapping[str, Mapping[str, Any]],
     *,
@@ -223,7 +237,7 @@ def resolve_declarations(
         seq_separator=seq_separator,
         encoding=encoding,
     )
-    cache = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    cache = cache_folder(cache_dir)
     resolved: dict[str, Mapping[str, Any]] = {}
     for name, declaration in declarations.items():
         if not isinstance(declaration, Mapping) or declaration.get("derive") is None:

@@ -34,7 +34,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 
-from recbole_mm.data.derive import CACHE_MEND, default_cache_dir
+from recbole_mm.data.derive import CACHE_MEND, cache_folder
 from recbole_mm.errors import EnvironmentFault, check_choice
 from recbole_mm.files import alone, replacing, writing
 
@@ -363,7 +363,7 @@ def item_graphs(
     Raises:
         ValueError: as :func:`behaviour_graph` and :func:`modal_graph`.
     """
-    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    folder = cache_folder(cache_dir)
     N = features.n_items
     options: dict[str, Any] = {"n_items": N, "window": behaviour_window, "top_k": behaviour_k}
     base = _digest(options, np.asarray(users, np.int64), np.asarray(items, np.int64))

@@ -19,7 +19,7 @@ import recbole
 import yaml
 
 from recbole_mm.data import derive
-from recbole_mm.data.derive import default_cache_dir, resolve_declarations
+from recbole_mm.data.derive import cache_folder, default_cache_dir, resolve_declarations
 from recbole_mm.data.feature_files import read_features
 from recbole_mm.data.features import load_features
 from recbole_mm.data.movielens import is_misnumbered_link, movielens_numbers, translated_link
@@ -585,6 +585,20 @@ def test_default_cache_is_the_users(monkeypatch, tmp_path):
     assert default_cache_dir() == tmp_path / "xdg" / "recbole_mm"
     monkeypatch.setenv("RECBOLE_MM_CACHE", str(tmp_path / "mine"))
     assert default_cache_dir() == tmp_path / "mine"
+
+
+def test_the_home_of_nobody_is_no_place_for_a_cache(monkeypatch):
+    with pytest.raises(EnvironmentFault, match=r"~nobody-here/x: .*set feature_cache_dir"):
+        cache_folder("~nobody-here/x")
+
+    def homeless(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("RECBOLE_MM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(EnvironmentFault, match=r"home directory\.; set feature_cache_dir"):
+        cache_folder(None)
 
 
 def test_no_cache_folder_given_means_the_default(world, monkeypatch):
