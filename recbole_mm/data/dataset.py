@@ -567,9 +567,9 @@ class MultimodalDataset(Dataset):
         """Hold out the last rows of every user.
 
         RecBole splits the rows of a sequential data set, of which a user has one fewer than
-        interactions, but the interactions themselves for general models. Here both hold out the
-        same: with two interactions a user is only trained on, with three also tested, with more
-        also validated.
+        interactions, but the interactions themselves for general models. Here both train on and
+        hold out the same: with one interaction a user is in no part, with two only trained on, with
+        three also tested, with more also validated.
         """
         held_out = {"valid_and_test": (1, 2), "valid_only": (1,), "test_only": (2,)}
         if leave_one_mode not in held_out or group_by is None:

@@ -22,6 +22,9 @@ N_PARTS = 3  # training, validation, test
 def last_rows(groups: NDArray[Any], held: Sequence[int], spare: int) -> list[Rows]:
     """Hold out the last rows of every group.
 
+    A group that has fewer rows than are spared is in no part: with one interaction, a user would
+    be no target for a sequential model, in whose rows it does not occur.
+
     Args:
         groups: ``(R,)`` group of each row.
         held: Parts that take a row each of a group, in the order of time: 1 validation, 2 test.
@@ -32,6 +35,7 @@ def last_rows(groups: NDArray[Any], held: Sequence[int], spare: int) -> list[Row
     n_held = np.clip(rows.sizes - spare, 0, len(held))[rows.group]
     from_end = rows.sizes[rows.group] - 1 - rows.rank
     part = np.where(from_end < n_held, parts[np.maximum(len(held) - from_end, 0)], 0)
+    part[rows.sizes[rows.group] < spare] = -1
     return rows.of_parts(part, N_PARTS)
 
 

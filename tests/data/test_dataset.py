@@ -780,16 +780,25 @@ def test_short_histories_are_trained_on_first_and_tested_next(make, model):
     first = 1 if model == "SASRec" else 0  # the first interaction is an input only
     assert counts == {
         f"u{n}": left - first
-        for n, left in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 3))
-        if left > first
+        for n, left in ((2, 2), (3, 2), (4, 2), (5, 3))  # u1 has nothing to be predicted from
     }
     report = train.report
     assert [(part.name, part.users, part.without) for part in report.parts] == [
-        ("train", 5 - first, first),
+        ("train", 4, 1),
         ("valid", 2, 3),
         ("test", 3, 2),
     ]
     assert "valid: 2 rows of 2 users; 3 users too short" in "\n".join(report.lines())
+
+
+def test_users_of_one_interaction_do_not_part_general_models_from_sequential_ones(make):
+    rows = [(f"u{n}", f"i{t}", t) for n in range(1, 6) for t in range(n)]
+    config = make(inter=(INTER, rows))
+    prints = {
+        describe(config(model), tuple(create_dataset(config(model)).build())).train
+        for model in ("SASRec", "BPR", "DIEN")
+    }
+    assert len(prints) == 1
 
 
 def test_data_without_a_training_row_are_refused(make):
