@@ -41,6 +41,8 @@ def read_csv(path: Path, id_col: str | None, column: str | None) -> FeatureFile:
         numbers = [cells[place] for place in chosen]
         if len(numbers) == 1:
             numbers = numbers[0].strip().strip("[]()").replace(",", " ").split()
+        else:  # pandas writes a NaN as an empty cell; a row of nothing else is no vector
+            numbers = [cell or "nan" for cell in numbers] if any(numbers) else []
         rows.add(cells[at], numbers, line)
     return rows.file()
 
