@@ -141,9 +141,11 @@ def read_outcome(cell: Cell, out: Path, *, is_new: bool = False) -> Outcome | No
     """What the folder of a cell says, or ``None`` if it is neither finished nor failed."""
     folder = out / "cells" / cell.folder
     if (folder / RECORD).is_file():
-        return Outcome(cell, folder, json.loads((folder / RECORD).read_text()), is_new=is_new)
+        return Outcome(
+            cell, folder, json.loads((folder / RECORD).read_text(encoding="utf-8")), is_new=is_new
+        )
     if (folder / ERROR).is_file():
-        error = json.loads((folder / ERROR).read_text())["message"]
+        error = json.loads((folder / ERROR).read_text(encoding="utf-8"))["message"]
         return Outcome(cell, folder, None, error, is_new=is_new)
     return None
 
@@ -221,7 +223,7 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
             write_json(folder / RECORD, trained)
             # not before: a kill in between would cost the whole training
             (folder / trained["run"] / STATE).unlink(missing_ok=True)
-        record = json.loads((folder / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         _count(cell, out, record)
         _measure_missing(folder, record, missing_modality)
         (folder / ERROR).unlink(missing_ok=True)  # of what came after an earlier training

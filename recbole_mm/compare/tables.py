@@ -82,7 +82,9 @@ class RowResult:
         """Lines of ``metrics.jsonl``, for each seed; empty for a model that is not trained."""
         files = [outcome.run / "metrics.jsonl" for outcome in self.outcomes]
         return [
-            [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+            [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            if file.is_file()
+            else []
             for file in files
         ]
 
