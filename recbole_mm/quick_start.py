@@ -459,7 +459,7 @@ def _resume(
     if (folder / "result.json").is_file() and now["epochs"] <= before["epochs"]:
         if config["show_progress"]:
             print(f"{folder}: this run is finished, nothing is left to do")  # noqa: T201
-        return run.read_json("result.json")
+        return {**run.read_json("result.json"), "run": str(run.path)}  # it may have been moved
     if not (folder / "last.safetensors").is_file():
         raise InputError(
             f"{folder}: has no last.safetensors: its run was interrupted before its training, or "

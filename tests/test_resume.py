@@ -221,6 +221,13 @@ def test_a_finished_run_says_so(whole, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.is_file()}
 
 
+def test_a_finished_run_that_was_moved_names_its_new_folder(whole, tmp_path):
+    folder = shutil.copytree(whole("SASRecFast"), tmp_path / "moved")
+    result = recbole_mm.run(resume=folder, config_dict={"show_progress": False})
+    assert result["run"] == str(folder)
+    assert result["test_result"] == json.loads((folder / "result.json").read_text())["test_result"]
+
+
 def test_a_finished_run_can_be_given_more_epochs(whole, tmp_path):
     folder = shutil.copytree(whole("SASRecFast"), tmp_path / "run")
     result = recbole_mm.run(resume=folder, config_dict={"epochs": 5})
