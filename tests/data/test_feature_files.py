@@ -219,6 +219,9 @@ def test_missing_file_is_named_with_its_neighbours(tmp_path):
     write(tmp_path / "f.npy")
     with pytest.raises(InputError, match=r"g\.npy does not exist; did you mean f\.npy"):
         read_features(tmp_path / "g.npy")
+    (tmp_path / "h.npy").symlink_to("gone.npy")
+    with pytest.raises(InputError, match=r"h\.npy does not exist; it is a link to gone\.npy$"):
+        read_features(tmp_path / "h.npy")
 
 
 def test_unknown_format_lists_the_known_ones(tmp_path):
@@ -483,6 +486,16 @@ def test_several_vector_columns_must_be_told_apart(tmp_path):
     assert read_features(tmp_path / "d.item", column="w").values.tolist() == [[2, 3]]
 
 
+def test_empty_cells_of_a_csv_are_what_pandas_wrote_them_for(tmp_path):
+    frame = pd.DataFrame(VALUES.numpy()).assign(item_id=TOKENS)
+    frame.iloc[1, 0] = frame.iloc[2, :-1] = np.nan
+    frame.to_csv(tmp_path / "f.csv", index=False)
+    file = read_features(tmp_path / "f.csv")
+    assert file.tokens == [TOKENS[0], TOKENS[1], TOKENS[3]]
+    assert file.values[1, 0].isnan()  # refused or masked, as `nan` says
+    assert_close(file.values[[0, 2]], VALUES[[0, 3]], rtol=0, atol=1e-6)
+
+
 def test_columns_of_a_csv_are_chosen_by_name(tmp_path):
     (tmp_path / "f.csv").write_text('title,asin,v\nx,a,"1 2"\ny,b,"3 4"\n')
     file = read_features(tmp_path / "f.csv", id_col="asin", column="v")
@@ -600,6 +613,9 @@ def test_bad_id_file_is_refused_by_line(tmp_path, name, text, message):
 def test_missing_id_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"id file .*i\.txt does not exist"):
         read_ids(tmp_path / "i.txt")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=r"id file .*folder cannot be used; it is no file$"):
+        read_ids(tmp_path / "folder")
 
 
 def test_saved_features_come_back_with_presence_and_metadata(tmp_path):

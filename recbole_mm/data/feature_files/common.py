@@ -146,7 +146,11 @@ def check_one_token_a_row(n_tokens: int, n_rows: int, path: Path) -> None:
 
 
 def neighbours(path: Path) -> str:
-    """A hint for a path that does not exist."""
+    """A hint for a path that does not exist, or is a folder where a file should be."""
+    if path.is_symlink() and not path.exists():
+        return f"it is a link to {path.readlink()}"
+    if path.exists():
+        return "it is no file"
     if not path.parent.is_dir():
         return f"its folder {path.parent} does not exist either"
     names = sorted(entry.name for entry in path.parent.iterdir())

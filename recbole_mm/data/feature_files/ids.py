@@ -38,7 +38,8 @@ def read_ids(
         InputError: If the file is missing, damaged, of an unknown form or ambiguous.
     """
     if not path.is_file():
-        raise InputError(f"id file {path} does not exist; {neighbours(path)}")
+        wrong = "cannot be used" if path.exists() else "does not exist"
+        raise InputError(f"id file {path} {wrong}; {neighbours(path)}")
     suffix = path.suffix.lower()
     if id_col is not None and suffix in (".txt", ".ids", ".json", ".item2index"):
         raise InputError(f"{path}: has no columns; remove `id_col: {id_col}`")
