@@ -97,13 +97,12 @@ class PerUser:
             InputError: If the file is another.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
+            file = np.load(path, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array")
+            with file:
                 return cls(**{field.name: file[field.name] for field in fields(cls)})
-        # the last two of an .npy: an array is no context, as Python 3.11 and 3.10 say it
-        except (
-            *(OSError, ValueError, KeyError, EOFError, BadZipFile),
-            *(TypeError, AttributeError),
-        ) as error:
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
             raise InputError(
                 f"{path}: not a file of results by user ({error}); "
                 "a run writes per_user.npz with save_per_user: True"
