@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -306,6 +307,9 @@ class Config(RecBoleConfig):
         final = self.final_config_dict
         if "data_path" not in self.external_config_dict and (DATASETS / self.dataset).is_dir():
             final["data_path"] = str(DATASETS)
+        for key in ("checkpoint_dir", "data_path"):  # in a YAML file no shell reads the ~
+            if isinstance(final[key], str):
+                final[key] = os.path.expanduser(final[key])
         final["metrics"] = list(
             [final["metrics"]] if isinstance(final["metrics"], str) else final["metrics"]
         )

@@ -71,6 +71,14 @@ def test_data_path_holds_for_the_data_set_that_recbole_brings_too(tmp_path):
     assert reusable(mine.resolved())["data_path"] == str(tmp_path)
 
 
+def test_paths_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(DATASETS / "tiny", tmp_path / "data" / "tiny")
+    made = config(values={"data_path": "~/data", "checkpoint_dir": "~/runs"})
+    assert made["data_path"] == str(tmp_path / "data" / "tiny")
+    assert made["checkpoint_dir"] == str(tmp_path / "runs")
+
+
 def test_builtin_models_get_the_same_evaluation_keys_as_ours():
     ours, builtin = config(), config("SASRec")
     general = config("BPR")
