@@ -124,6 +124,8 @@ def download(
         }
         lock, others = data_path / f".{_RECORD}.lock", "waiting for another download's record"
         with alone(lock, "make room or choose another data_path", others):
+            if folder.exists():  # another download of this name was faster; its record stays
+                return _standing(folder, _record(data_path).get(name), sha256)
             # first: a record without a folder is harmless, a folder without its record is refused
             text = json.dumps({**_record(data_path), name: entry}, indent=2, sort_keys=True)
             write_text(data_path / _RECORD, text + "\n")

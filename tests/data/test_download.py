@@ -107,6 +107,21 @@ def test_downloads_at_once_all_keep_their_record(server, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "SOURCE.json").read_text()).keys() == {"tiny-set", "other"}
 
 
+def test_the_faster_of_two_downloads_of_a_name_keeps_its_record(server, tmp_path, monkeypatch):
+    fetch, calls = module._fetch, iter((True, False))
+
+    def fetch_while_the_other_ends(url, archive):
+        fetch(url, archive)
+        if next(calls):
+            server.content = packed(("Tiny_Set.inter", INTER + "u\ti\t2\n"))
+            download("tiny-set", tmp_path)
+
+    monkeypatch.setattr(module, "_fetch", fetch_while_the_other_ends)
+    assert not download("tiny-set", tmp_path).fetched
+    assert left(tmp_path) == ["SOURCE.json", "tiny-set"]
+    assert not download("tiny-set", tmp_path).fetched  # record and folder belong together
+
+
 def test_a_whole_folder_is_left_as_it_is(server, tmp_path):
     first = download("tiny-set", tmp_path)
     again = download("tiny-set", tmp_path)
