@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -48,16 +47,15 @@ class DynamicTanh(nn.Module):
     Source: Zhu et al., *Transformers without Normalization*, CVPR 2025, in the form of CAMMSR
     (arXiv 2603.04320, Eq. 12): one trained scalar, no affine map after it.
 
-    Args:
-        initial_alpha: First value of :math:`\alpha`. [inferred: Zhu et al. use 0.5]
+    Its first value is 0.5 [inferred: that of Zhu et al.].
 
     Shape:
         - input and output: any
     """
 
-    def __init__(self, initial_alpha: float = 0.5) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.alpha = nn.Parameter(torch.tensor(float(initial_alpha)))
+        self.alpha = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, x: Tensor) -> Tensor:
         """Squash every entry into (-1, 1)."""
@@ -140,7 +138,7 @@ class MultiHeadAttention(nn.Module):
         - query: ``(B, T, D)``
         - context: ``(B, L, D)``, where keys and values come from
         - visible: ``(B, L)`` bool, keys that may be attended to, at least one in a row; or
-          ``None`` for all. Not together with ``causal``.
+          ``None``: a position attends to itself and earlier ones, ``T`` is ``L``
         - output: ``(B, T, D)``
 
     Raises:
@@ -174,9 +172,7 @@ class MultiHeadAttention(nn.Module):
         B, L, D = x.shape
         return x.view(B, L, self.n_heads, D // self.n_heads).transpose(1, 2)  # (B, H, L, D/H)
 
-    def forward(
-        self, query: Tensor, context: Tensor, visible: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
+    def forward(self, query: Tensor, context: Tensor, visible: Tensor | None = None) -> Tensor:
         """Attend from ``query`` to ``context``; shapes as in the class."""
         heads = F.scaled_dot_product_attention(
             self._heads(self.query(query)),
@@ -184,7 +180,7 @@ class MultiHeadAttention(nn.Module):
             self._heads(self.value(context)),
             attn_mask=None if visible is None else visible[:, None, None, :],
             dropout_p=self.attn_dropout if self.training else 0.0,
-            is_causal=causal,
+            is_causal=visible is None,
         )  # (B, H, T, D/H)
         mixed = self.dense(heads.transpose(1, 2).flatten(2))  # (B, T, D)
         y: Tensor = self.LayerNorm(query + self.out_dropout(mixed))
@@ -217,16 +213,16 @@ class TransformerLayer(nn.Module):
             hidden_size, inner_size, hidden_act, hidden_dropout, layer_norm_eps, norm
         )
 
-    def forward(
-        self, query: Tensor, context: Tensor, visible: Tensor | None = None, causal: bool = False
-    ) -> Tensor:
+    def forward(self, query: Tensor, context: Tensor, visible: Tensor | None = None) -> Tensor:
         """Transform the query positions; shapes as in :class:`MultiHeadAttention`."""
-        y: Tensor = self.feed_forward(self.multi_head_attention(query, context, visible, causal))
+        y: Tensor = self.feed_forward(self.multi_head_attention(query, context, visible))
         return y
 
 
 class TransformerEncoder(nn.Module):
     """Stack of post-norm Transformer layers, interchangeable with RecBole's of the same name.
+
+    It is causal: a position sees itself and earlier ones only.
 
     Args:
         n_layers: Number of layers, at least 1.
@@ -276,31 +272,25 @@ class TransformerEncoder(nn.Module):
         # copies, as in RecBole: a model that draws its weights afterwards draws the same ones
         self.layer = nn.ModuleList(copy.deepcopy(layer) for _ in range(n_layers))
 
-    def _inner(self, x: Tensor, visible: Tensor, causal: bool, n_layers: int) -> Tensor:
-        # causal: padding stands to the right, so no real position ever sees it; no mask needed
-        mask = None if causal else visible
+    def _inner(self, x: Tensor, n_layers: int) -> Tensor:
+        # padding stands to the right, so no real position ever sees it; no mask needed
         for index in range(n_layers):
-            x = self.layer[index](x, x, mask, causal)
+            x = self.layer[index](x, x)
         return x
 
-    def forward(self, x: Tensor, length: Tensor, causal: bool = True) -> Tensor:
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
         """Encode every position.
 
         Args:
             x: ``(B, L, D)``.
             length: ``(B,)``.
-            causal: Whether a position sees itself and earlier ones only, or all real ones.
 
         Returns:
             ``(B, L, D)``. What stands at padding positions is finite and has no meaning.
         """
+        return by_length(lambda x, _: self._inner(x, len(self.layer)), x, length)
 
-        def encode(x: Tensor, length: Tensor) -> Tensor:
-            return self._inner(x, _visible(x, length), causal, len(self.layer))
-
-        return by_length(encode, x, length)
-
-    def last(self, x: Tensor, length: Tensor, causal: bool = True) -> Tensor:
+    def last(self, x: Tensor, length: Tensor) -> Tensor:
         """Encode the last real position of each row; the last layer computes no other.
 
         Equal, in value and gradient, to reading that position from :meth:`forward`.
@@ -308,19 +298,17 @@ class TransformerEncoder(nn.Module):
         Args:
             x: ``(B, L, D)``.
             length: ``(B,)``.
-            causal: As in :meth:`forward`; concerns the layers before the last.
 
         Returns:
             ``(B, D)``; exactly zero, with a zero gradient, for a row of length 0.
         """
-        return by_length(partial(self._last, causal=causal), x, length)
+        return by_length(self._last, x, length)
 
-    def _last(self, x: Tensor, length: Tensor, causal: bool) -> Tensor:
-        visible = _visible(x, length)
-        context = self._inner(x, visible, causal, len(self.layer) - 1)
+    def _last(self, x: Tensor, length: Tensor) -> Tensor:
+        context = self._inner(x, len(self.layer) - 1)
         position = (length - 1).clamp(min=0)[:, None, None].expand(-1, 1, x.shape[-1])
         query = context.gather(1, position)  # (B, 1, D)
-        state = self.layer[-1](query, context, visible).squeeze(1)  # (B, D)
+        state = self.layer[-1](query, context, _visible(x, length)).squeeze(1)  # (B, D)
         return torch.where(length[:, None] > 0, state, 0.0)
 
 

@@ -287,7 +287,7 @@ class SparseAlignmentAttention(nn.Module):
         if self.use_block:
             block = self.compress(x)  # (B, C, D)
             if self.evolve is not None and block.shape[1] > 0:
-                block = self.evolve(block, block, causal=True)
+                block = self.evolve(block, block)
             count = torch.arange(block.shape[1], device=x.device)
             middle = count * self.block_size + (self.block_size - 1) / 2
             return self._placed(self.key(block), middle), self._heads(self.value(block))

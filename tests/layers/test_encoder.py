@@ -28,11 +28,9 @@ def is_real(length=LENGTH):
     return torch.arange(L) < length[:, None]
 
 
-def recbole_mask(causal):
+def recbole_mask():
     """What SequentialRecommender.get_attention_mask builds, on the border to RecBole."""
-    visible = is_real()[:, None, None, :].expand(-1, -1, L, -1)
-    if causal:
-        visible = visible.tril()
+    visible = is_real()[:, None, None, :].expand(-1, -1, L, -1).tril()
     return torch.where(visible, 0.0, -10000.0)
 
 
@@ -43,9 +41,8 @@ def gradients(model, x, real_states):
     return dict(zip(["x", *named], found, strict=True))
 
 
-@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("act", ["gelu", "relu", "swish", "tanh", "sigmoid"])
-def test_loads_recbole_weights_and_gives_its_states_and_gradients(causal, act):
+def test_loads_recbole_weights_and_gives_its_states_and_gradients(act):
     theirs = RecBoleEncoder(**SIZES, hidden_dropout_prob=0.0, attn_dropout_prob=0.0, hidden_act=act)
     for parameter in theirs.parameters():  # its layers start as copies, its biases as they come
         parameter.data.normal_(std=0.3)
@@ -53,8 +50,8 @@ def test_loads_recbole_weights_and_gives_its_states_and_gradients(causal, act):
     ours.load_state_dict(theirs.state_dict())
     x = sequences()
 
-    expected = theirs(x, recbole_mask(causal), output_all_encoded_layers=False)[-1][is_real()]
-    states = ours(x, LENGTH, causal=causal)[is_real()]
+    expected = theirs(x, recbole_mask(), output_all_encoded_layers=False)[-1][is_real()]
+    states = ours(x, LENGTH)[is_real()]
 
     assert_close(states, expected, atol=1e-5, rtol=1e-5)
     assert_close(
@@ -75,8 +72,7 @@ def test_feed_forward_equals_recboles():
     assert_close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_equals_loop_reference_in_value_and_gradient(causal):
+def test_equals_loop_reference_in_value_and_gradient():
     model = encoder().double()
     x = sequences(torch.float64)
     state = dict(model.named_parameters())
@@ -84,33 +80,31 @@ def test_equals_loop_reference_in_value_and_gradient(causal):
         [
             row
             for i, n in enumerate(LENGTH)
-            for row in reference.transformer(state, x[i], int(n), 2, H, causal)
+            for row in reference.transformer(state, x[i], int(n), 2, H)
         ]
     )
-    states = model(x, LENGTH, causal=causal)[is_real()]
+    states = model(x, LENGTH)[is_real()]
     assert_close(states, expected)
     assert_close(gradients(model, x, states), gradients(model, x, expected))
 
 
-@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("n_layers", [1, 3])
-def test_last_equals_the_full_pass_in_value_and_gradient(causal, n_layers):
+def test_last_equals_the_full_pass_in_value_and_gradient(n_layers):
     model = encoder(n_layers=n_layers).double()
     x = sequences(torch.float64)
-    full = model(x, LENGTH, causal=causal)[torch.arange(len(LENGTH)), LENGTH - 1]
-    last = model.last(x, LENGTH, causal=causal)
+    full = model(x, LENGTH)[torch.arange(len(LENGTH)), LENGTH - 1]
+    last = model.last(x, LENGTH)
     assert_close(last, full)
     assert_close(gradients(model, x, last), gradients(model, x, full))
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_content_of_padding_does_not_matter(causal):
+def test_content_of_padding_does_not_matter():
     model = encoder()
     x = sequences()
     disturbed = torch.where(is_real()[..., None], x, 100.0)
     real = is_real()
-    assert_close(model(disturbed, LENGTH, causal)[real], model(x, LENGTH, causal)[real])
-    assert_close(model.last(disturbed, LENGTH, causal), model.last(x, LENGTH, causal))
+    assert_close(model(disturbed, LENGTH)[real], model(x, LENGTH)[real])
+    assert_close(model.last(disturbed, LENGTH), model.last(x, LENGTH))
 
 
 def test_a_later_position_does_not_change_an_earlier_state():
@@ -120,17 +114,16 @@ def test_a_later_position_does_not_change_an_earlier_state():
     assert_close(model(changed, LENGTH)[:, :4], model(x, LENGTH)[:, :4])
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_an_empty_row_gives_no_nan_and_a_zero_last_state(causal):
+def test_an_empty_row_gives_no_nan_and_a_zero_last_state():
     model = encoder()
     x = sequences()
     length = torch.tensor([7, 0, 4, 0])
-    last = model.last(x, length, causal)
-    (gradient,) = torch.autograd.grad(last.sum() + model(x, length, causal).sum(), x)
+    last = model.last(x, length)
+    (gradient,) = torch.autograd.grad(last.sum() + model(x, length).sum(), x)
     assert last[length == 0].eq(0).all()
     assert torch.isfinite(last).all()
     assert torch.isfinite(gradient).all()
-    assert torch.autograd.grad(model.last(x, length, causal).sum(), x)[0][1].eq(0).all()
+    assert torch.autograd.grad(model.last(x, length).sum(), x)[0][1].eq(0).all()
 
 
 def test_attention_dropout_falls_on_probabilities():
@@ -189,7 +182,7 @@ def test_encoder_without_layers_is_refused():
 
 
 def test_dynamic_tanh_is_tanh_of_a_trained_scalar_times_x():
-    layer = DynamicTanh(0.5)
+    layer = DynamicTanh()
     x = torch.randn(3, 4)
     assert_close(layer(x), torch.tanh(0.5 * x))
     assert layer.alpha.shape == ()

@@ -172,7 +172,7 @@ def loop(module, attention, table, present):
             own = {k.removeprefix("encoder."): v for k, v in state.items()}
             rows = reference.inputs(state, row, table, present, 1e-12)
             n = len(rows)
-            user = encoder.transformer(own, rows, n, n_layers, H, causal=True)[-1:]
+            user = encoder.transformer(own, rows, n, n_layers, H)[-1:]
             user = user[0] if user else torch.zeros(D, dtype=table.dtype)
         users.append(user)
     return torch.stack(users)

@@ -132,9 +132,7 @@ def interest(state, name, rows, options):
     rows = [norm(state, f"input_norm.{name}", x, 1e-12) for x in rows]
     start = f"encoder.{name}."
     part = {key.removeprefix(start): t for key, t in state.items() if key.startswith(start)}
-    return transformer(
-        part, torch.stack(rows), len(rows), options["n_layers"], options["n_heads"], causal=True
-    )
+    return transformer(part, torch.stack(rows), len(rows), options["n_layers"], options["n_heads"])
 
 
 def item_vectors(state, features):

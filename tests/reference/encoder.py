@@ -55,14 +55,14 @@ def feed_forward(state, name, x, eps):
     return norm(state, f"{name}.LayerNorm", y, eps)
 
 
-def transformer(state, x, length, n_layers, n_heads, causal, eps=1e-12):
-    """Real positions of one sequence ``x`` (L, D): a list of ``length`` vectors."""
+def transformer(state, x, length, n_layers, n_heads, eps=1e-12):
+    """Real positions of one sequence ``x`` (L, D), each from earlier ones: ``length`` vectors."""
     rows = [x[j] for j in range(length)]
     for i in range(n_layers):
         after = []
         for j in range(length):
-            visible = range(j + 1) if causal else range(length)
-            y = attention(state, f"layer.{i}.multi_head_attention", j, rows, visible, n_heads, eps)
+            name = f"layer.{i}.multi_head_attention"
+            y = attention(state, name, j, rows, range(j + 1), n_heads, eps)
             after.append(feed_forward(state, f"layer.{i}.feed_forward", y, eps))
         rows = after
     return rows
