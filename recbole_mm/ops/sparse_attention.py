@@ -140,41 +140,28 @@ def sparse_attention(
         selected = ChosenBlocks(chosen, L, is_shared=True), next(gates)
     elif n_selected_blocks is not None:
         if chosen is None or is_shared:
-            chosen = _choose(query, block_key, block_size, n_others, selection)
+            chosen = select_blocks(query, block_key, block_size, n_others, selection)
         selected = ChosenBlocks(chosen, block_size, is_shared), next(gates)
     outputs += _attend_to_tokens((q, k, v), window, selected, H, form, dropout, generator)
     return reduce(torch.add, outputs).view(B, H, L, d)
 
 
 def select_blocks(
-    query: Tensor,
-    block_key: Tensor | None,
-    *,
-    block_size: int,
-    n_selected_blocks: int,
-    selection: str = "query",
+    query: Tensor, block_key: Tensor | None, block_size: int, n_others: int, selection: str
 ) -> Tensor:
     """Other blocks that each query, or block of queries, attends to token by token.
 
     Args:
-        query: ``(B, H, L, d)``.
-        block_key: ``(B, H, C, d)``, key of each finished block; ``None`` if ``n`` is 1.
+        query: ``(B, H, L, d)``, multiplied by ``log2(e) / sqrt(d)``.
+        block_key: ``(B, H, C, d)``, key of each finished block; ``None`` if ``n_others`` is 0.
         block_size: Tokens ``b`` in a block.
-        n_selected_blocks: Blocks ``n`` to attend to, the own one included.
+        n_others: Blocks to choose beside the own one, ``n - 1``.
         selection: ``query`` or ``query_block``.
 
     Returns:
         ``(B, Q, m)`` int64, best block first, -1 where fewer are visible. ``Q`` is ``L``, or the
-        number ``ceil(L / b)`` of query blocks; ``m`` is the smaller of ``n - 1`` and ``C``.
+        number ``ceil(L / b)`` of query blocks; ``m`` is the smaller of ``n_others`` and ``C``.
     """
-    scaled = query.detach() * (LOG2_E * query.shape[-1] ** -0.5)
-    return _choose(scaled, block_key, block_size, n_selected_blocks - 1, selection)
-
-
-def _choose(
-    query: Tensor, block_key: Tensor | None, block_size: int, n_others: int, selection: str
-) -> Tensor:
-    """As :func:`select_blocks`, for queries multiplied by ``log2(e) / sqrt(d)``."""
     B, _, L, _ = query.shape
     step = 1 if selection == "query" else block_size
     position = torch.arange(0, L, step, device=query.device)  # of the queries that choose

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recbole_mm.ops import attention_tools
 from recbole_mm.ops import sparse_attention as sparse_attention_module
-from recbole_mm.ops.attention_tools import Dropout, best_blocks
+from recbole_mm.ops.attention_tools import LOG2_E, Dropout, best_blocks
 from recbole_mm.ops.sparse_attention import (
     select_blocks,
     sparse_attention,
@@ -317,7 +317,7 @@ def test_query_without_a_finished_block_gets_exactly_nothing_from_the_block_leve
 def test_equal_merits_choose_the_lower_block():
     for dtype in (torch.float32, torch.float64):
         query, block_key = torch.ones(1, H, 21, D, dtype=dtype), torch.ones(1, H, 5, D, dtype=dtype)
-        chosen = select_blocks(query, block_key, block_size=4, n_selected_blocks=3)
+        chosen = select_blocks(query, block_key, 4, 2, "query")
         assert chosen[0, 20].tolist() == [0, 1]
         assert chosen[0, 5].tolist() == [0, -1]
         assert chosen[0, 3].tolist() == [-1, -1]
@@ -334,13 +334,8 @@ def test_best_blocks_orders_like_a_stable_sort(C):
 def test_selection_follows_the_block_level_probability_summed_over_heads():
     tensors = inputs(31)
     for selection in ("query", "query_block"):
-        chosen = select_blocks(
-            tensors["query"],
-            tensors["block_key"],
-            block_size=4,
-            n_selected_blocks=4,
-            selection=selection,
-        )
+        scaled = tensors["query"] * (LOG2_E * D**-0.5)
+        chosen = select_blocks(scaled, tensors["block_key"], 4, 3, selection)
         for j in range(31):
             expected = reference.choose(
                 j, tensors["query"][0], tensors["block_key"][0], 4, 4, selection
@@ -351,12 +346,11 @@ def test_selection_follows_the_block_level_probability_summed_over_heads():
 
 def test_first_query_of_a_block_selects_for_all_of_it():
     tensors = inputs(31)
-    options = {"block_size": 4, "n_selected_blocks": 3, "selection": "query_block"}
     query, block_key = tensors["query"].detach(), tensors["block_key"].detach()
-    chosen = select_blocks(query, block_key, **options)
+    chosen = select_blocks(query, block_key, 4, 2, "query_block")
     later = query.clone()
     later[:, :, torch.arange(31) % 4 != 0] += 5.0
-    assert torch.equal(select_blocks(later, block_key, **options), chosen)
+    assert torch.equal(select_blocks(later, block_key, 4, 2, "query_block"), chosen)
 
 
 @both_selections
