@@ -13,7 +13,7 @@ Sequences are padded on the right: ``length`` (B,) counts the real positions of 
 from __future__ import annotations
 
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -313,16 +313,7 @@ class SparseAlignmentEncoder(nn.Module):
         hidden_dropout_prob: Dropout before each residual sum.
         attn_dropout_prob: Dropout on attention weights.
         layer_norm_eps: Added to the variance in layer norm.
-        window_size: As in :class:`SparseAlignmentAttention`, like all that follow.
-        block_size: Tokens in a block.
-        n_selected_blocks: Blocks attended to token by token.
-        selection: ``query`` or ``query_block``.
-        compression: ``mlp`` or ``mean``.
-        block_evolution: Whether block vectors attend to earlier ones.
-        rotary: Whether queries and keys carry their positions.
-        use_window: Windowed branch on or off.
-        use_block: Block-level branch on or off.
-        use_selected: Selective branch on or off.
+        **options: The other arguments of :class:`SparseAlignmentAttention`.
 
     Shape:
         - x: ``(B, L, D)``, padded on the right with anything
@@ -342,16 +333,7 @@ class SparseAlignmentEncoder(nn.Module):
         hidden_dropout_prob: float = 0.5,
         attn_dropout_prob: float = 0.5,
         layer_norm_eps: float = 1e-12,
-        window_size: int = 64,
-        block_size: int = 32,
-        n_selected_blocks: int = 5,
-        selection: str = "query",
-        compression: str = "mlp",
-        block_evolution: bool = True,
-        rotary: bool = True,
-        use_window: bool = True,
-        use_block: bool = True,
-        use_selected: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__()
         if n_layers < 1:
@@ -363,16 +345,7 @@ class SparseAlignmentEncoder(nn.Module):
                 hidden_dropout_prob,
                 attn_dropout_prob,
                 layer_norm_eps,
-                window_size,
-                block_size,
-                n_selected_blocks,
-                selection,
-                compression,
-                block_evolution,
-                rotary,
-                use_window,
-                use_block,
-                use_selected,
+                **options,
             )
             for _ in range(n_layers)
         )
