@@ -61,7 +61,6 @@ class Material:
 
     Attributes:
         test: The histories of the test rows.
-        batch_size: Histories of a batch.
         device: Where the model is.
         user_field: Column of the users in a batch.
         user_tokens: Token of each internal user id.
@@ -77,12 +76,11 @@ class Material:
     item_tokens: Sequence[str]
     categories: CategoryTable | None
     items: Sequence[int]
-    batch_size: int = _BATCH
 
     def batches(self) -> Iterator[Interaction]:
         """Every test history once, in the order of the data set."""
-        for start in range(0, len(self.test), self.batch_size):
-            stop = min(start + self.batch_size, len(self.test))
+        for start in range(0, len(self.test), _BATCH):
+            stop = min(start + _BATCH, len(self.test))
             yield self.test[np.arange(start, stop)].to(self.device)
 
     def users(self, batch: Interaction) -> list[str]:
@@ -374,6 +372,6 @@ def _draw_spread(axis: Axes, frame: pd.DataFrame, table: Table) -> None:
     axis.set_ylabel("share of histories with at most this")
 
 
-def _short(text: object, longest: int = 32) -> str:
+def _short(text: object) -> str:
     text = str(text)
-    return text if len(text) <= longest else text[: longest - 1] + "…"
+    return text if len(text) <= 32 else text[:31] + "…"

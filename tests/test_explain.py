@@ -209,10 +209,10 @@ def group(length):
     return "1 to 5" if length <= 5 else "6 to 10" if length <= 10 else "11 to 20"
 
 
-def test_the_material_holds_every_test_history_once_and_the_popular_items(build):
+def test_the_material_holds_every_test_history_once_and_the_popular_items(build, monkeypatch):
+    monkeypatch.setattr(explain, "_BATCH", 7)
     world = build("CAMMSR")
     given = material(world)
-    object.__setattr__(given, "batch_size", 7)
     found = [tuple(h) for batch in given.batches() for h in batch["item_id_list"].tolist()]
     assert found == [tuple(row["item_id_list"][0].tolist()) for row in rows(world)]
     users = [user for batch in given.batches() for user in given.users(batch)]

@@ -68,11 +68,6 @@ class FrozenFeatures(nn.Module):
         self.register_buffer("present", present, persistent=False)
         self.register_buffer("_like", torch.empty(0), persistent=False)
 
-    @property
-    def width(self) -> int:
-        """Feature width F."""
-        return self.values.shape[1]
-
     def forward(self, items: Tensor) -> Tensor:
         """Vectors of items; shapes as in the class."""
         vectors = self.values[self.rows[items]].to(self._like.dtype)  # (*items, F)
@@ -139,11 +134,6 @@ class ModalityProjection(nn.Module):
                 for name, vectors in features.items()
             }
         )
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Modalities in the order of the output."""
-        return tuple(self.features)
 
     def forward(self, items: Tensor) -> tuple[Tensor, Tensor]:
         """Project the features of items; shapes as in the class."""

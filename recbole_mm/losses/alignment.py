@@ -16,6 +16,8 @@ from torch import Tensor
 from recbole_mm.losses.contrastive import cosine_similarity
 from recbole_mm.ops.masking import masked_mean
 
+_EPS = 1e-4  # added to a variance: keeps the gradient, and the logarithm, finite at zero
+
 
 def similarity_structure(
     similarity: Tensor,
@@ -64,7 +66,7 @@ def similarity_structure(
     return masked_mean(per_row, present, dim=-1)
 
 
-def variance_hinge(x: Tensor, *, present: Tensor | None = None, eps: float = 1e-4) -> Tensor:
+def variance_hinge(x: Tensor, *, present: Tensor | None = None) -> Tensor:
     r"""Keep every coordinate spread out: a batch must not collapse into one point.
 
     .. math::
@@ -77,7 +79,6 @@ def variance_hinge(x: Tensor, *, present: Tensor | None = None, eps: float = 1e-
     Args:
         x: ``(..., B, D)``.
         present: ``(..., B)`` bool; ``None`` means all.
-        eps: :math:`\epsilon`, keeps the gradient finite at zero variance.
 
     Returns:
         ``(...)``, between 0 and 1.
@@ -87,11 +88,11 @@ def variance_hinge(x: Tensor, *, present: Tensor | None = None, eps: float = 1e-
     """
     present = _present_rows(x, present)
     _, variance = _moments(x, present)
-    hinge = (1 - (variance + eps).sqrt()).clamp(min=0).mean(-1)
+    hinge = (1 - (variance + _EPS).sqrt()).clamp(min=0).mean(-1)
     return _if_two(hinge, present)
 
 
-def gaussian_moments(x: Tensor, *, present: Tensor | None = None, eps: float = 1e-4) -> Tensor:
+def gaussian_moments(x: Tensor, *, present: Tensor | None = None) -> Tensor:
     r"""KL divergence of the moments of a batch from a standard normal, per coordinate.
 
     .. math::
@@ -105,7 +106,6 @@ def gaussian_moments(x: Tensor, *, present: Tensor | None = None, eps: float = 1
     Args:
         x: ``(..., B, D)``.
         present: ``(..., B)`` bool; ``None`` means all.
-        eps: :math:`\epsilon`, keeps the logarithm finite at zero variance.
 
     Returns:
         ``(...)``, in nats, at least 0.
@@ -115,7 +115,7 @@ def gaussian_moments(x: Tensor, *, present: Tensor | None = None, eps: float = 1
     """
     present = _present_rows(x, present)
     mean, variance = _moments(x, present)
-    variance = variance + eps
+    variance = variance + _EPS
     divergence = (variance + mean.square() - 1 - variance.log()).mean(-1) / 2
     return _if_two(divergence, present)
 

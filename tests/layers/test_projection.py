@@ -96,7 +96,6 @@ def test_shapes_and_presence_of_the_projection(layers):
     model = ModalityProjection(two_modalities(), 6, layers)
     items = torch.tensor([[1, 2, 3], [0, 3, 3]])
     hidden, present = model(items)
-    assert model.names == ("text", "image")
     assert hidden.shape == (2, 3, 2, 6)
     assert present.tolist() == [
         [[True, True], [False, True], [True, True]],

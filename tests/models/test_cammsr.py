@@ -307,7 +307,7 @@ def test_the_rows_of_missing_features_have_no_influence():
     disturbed = cammsr()
     for features in disturbed.project.features.values():
         assert not features.present.all()
-        twin = torch.full((1, features.width), torch.nan, dtype=features.values.dtype)
+        twin = torch.full_like(features.values[:1], torch.nan)
         features.rows = torch.where(features.present, features.rows, len(features.values))
         features.values = torch.cat([features.values, twin])
     for terms in zip(loss(model, batch), loss(disturbed, batch), strict=True):

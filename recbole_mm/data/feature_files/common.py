@@ -160,7 +160,7 @@ def neighbours(path: Path) -> str:
     return f"the folder holds {', '.join(names[:5]) or 'nothing'}"
 
 
-def first_names(names: Sequence[str], most: int = 8) -> str:
+def first_names(names: Sequence[str]) -> str:
     """Names for a message: a file may hold one for each item."""
-    shown = ", ".join(map(repr, names[:most])) or "nothing"
-    return shown if len(names) <= most else f"{shown}, ... ({len(names)} in all)"
+    shown = ", ".join(map(repr, names[:8])) or "nothing"
+    return shown if len(names) <= 8 else f"{shown}, ... ({len(names)} in all)"
