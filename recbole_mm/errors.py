@@ -44,6 +44,11 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
         raise InputError(f"{name}: {value!r} is unknown; use one of {', '.join(map(str, choices))}")
 
 
+def printable(text: str) -> str:
+    """Text of a stranger's file or name, with what a terminal would obey spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the most similar known name, else an empty string."""
     by_lower = {candidate.lower(): candidate for candidate in sorted(known)}

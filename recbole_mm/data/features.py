@@ -29,7 +29,7 @@ from recbole_mm.data.feature_files import (
     read_ids,
     row_chunks,
 )
-from recbole_mm.errors import EnvironmentFault, InputError, nearest
+from recbole_mm.errors import EnvironmentFault, InputError, nearest, printable
 
 logger = logging.getLogger(__name__)
 
@@ -127,13 +127,12 @@ class ModalityReport:
 
     def line(self) -> str:
         """The report in one printable line."""
-        text = (
+        return printable(
             f"{self.name}: {self.rows} rows x {self.width} {self.dtype}, "
             f"matched {self.matched} of {self.items} items, missing {self.missing}, "
             f"unknown {self.unknown}, duplicate {self.duplicate}, NaN or Inf {self.nonfinite}, "
             f"all-zero {self.zero}, {self.source}, sha256 {self.sha256[:12]}"
         )
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it, with the full sha256 of the source and of the ids."""

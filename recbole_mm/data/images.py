@@ -41,7 +41,7 @@ from recbole_mm import checkpoint
 from recbole_mm.data.atomic import read_atomic
 from recbole_mm.data.decomposition import decompose
 from recbole_mm.data.feature_files import save_features
-from recbole_mm.errors import EnvironmentFault, InputError, nearest
+from recbole_mm.errors import EnvironmentFault, InputError, nearest, printable
 from recbole_mm.files import write_text
 
 if TYPE_CHECKING:
@@ -466,11 +466,7 @@ def _reason(error: Exception) -> str:
         said = error.strerror
     if "UnidentifiedImage" in type(error).__name__:  # its text names an address in memory
         said = "no image that can be read here"
-    return _printable(said or type(error).__name__)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return printable(said or type(error).__name__)
 
 
 def _encodable(text: str) -> bytes:
@@ -478,7 +474,7 @@ def _encodable(text: str) -> bytes:
 
 
 def _first_failures(failed: dict[str, str]) -> str:
-    first = [f"{_printable(name)} ({reason})" for name, reason in list(failed.items())[:3]]
+    first = [f"{printable(name)} ({reason})" for name, reason in list(failed.items())[:3]]
     more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
     return ", ".join(first) + more
 
@@ -489,7 +485,7 @@ def _list_failures(out: Path, failed: dict[str, str]) -> Path | None:
     if not failed:
         listing.unlink(missing_ok=True)
         return None
-    lines = [f"{_printable(name)}\t{reason}\n" for name, reason in failed.items()]
+    lines = [f"{printable(name)}\t{reason}\n" for name, reason in failed.items()]
     with _kept(listing):
         write_text(listing, "".join(lines))
     return listing
