@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from recbole.utils import ModelType
 
+from recbole_mm.checkpoint import fingerprint
 from recbole_mm.config_rules import drawing_mode
 from recbole_mm.errors import InputError
 
@@ -132,7 +132,7 @@ def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protoco
             user_ids = part.inter_feat[uid].numpy()
             item_ids = part.inter_feat[iid].numpy()
         tokens = sorted(f"{users[u]}\t{items[i]}" for u, i in zip(user_ids, item_ids, strict=True))
-        return _fingerprint(tokens), len(set(user_ids.tolist()))
+        return fingerprint(tokens)[:12], len(set(user_ids.tolist()))
 
     train_print, _ = pairs(train)
     valid_print, valid_users = pairs(valid)
@@ -156,7 +156,7 @@ def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protoco
         valid_metric=config["valid_metric"],
         decimal_places=config["metric_decimal_place"],
         candidates=len(items) - 1,
-        items=_fingerprint(sorted(str(token) for token in items[1:])),
+        items=fingerprint(sorted(str(token) for token in items[1:]))[:12],
         train=train_print,
         valid=valid_print,
         test=test_print,
@@ -196,10 +196,3 @@ def assert_comparable(first: Protocol, second: Protocol) -> None:
             + "; ".join(differing)
             + ": run both with the same data set files and evaluation keys"
         )
-
-
-def _fingerprint(lines: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode() + b"\n")
-    return digest.hexdigest()[:12]
