@@ -667,19 +667,6 @@ class MultimodalDataset(Dataset):
         found: CategoryTable | None = self._side_information.get("categories")
         return found
 
-    def item_text(self, field: str) -> list[str]:
-        """Cells of a column of ``.item``, whole, whether RecBole loads the column or not.
-
-        Returns:
-            ``(N,)`` by internal item id; empty for padding, for an item without a row, and where
-            the cell is empty or ``_``.
-
-        Raises:
-            InputError: If there is no ``.item``, or it has no such column.
-        """
-        texts = self._item_column(field, default="", as_text=True)
-        return ["" if text.strip() in _MISSING_TEXT else text for text in texts]
-
     def _once(self, name: str, make: Callable[[], _T]) -> _T:
         if name not in self._side_information:
             self._side_information[name] = make()
@@ -713,7 +700,7 @@ class MultimodalDataset(Dataset):
         field = self.config["category_field"]
         if field is None:
             return None
-        rows = self._item_column(field, default=())
+        rows = self._item_column(field)
         lists = [[row] if isinstance(row, str) else list(row) for row in rows]
         table = CategoryTable.from_lists(
             [[name for name in row if name not in _MISSING_TEXT] for row in lists]
@@ -729,23 +716,18 @@ class MultimodalDataset(Dataset):
     def _item_file(self) -> Path:
         return Path(self.dataset_path) / f"{self.dataset_name}.item"
 
-    def _item_column(self, field: str, *, default: Any, as_text: bool = False) -> list[Any]:
-        """Cells of a column of ``.item`` by internal item id."""
-        table = read_atomic(
-            self._item_file,
-            columns=[self.iid_field, field],
-            as_text=[field] if as_text else [],
-            **self._format,
-        )
-        if not as_text and "float" in table.types[field].value:
+    def _item_column(self, field: str) -> list[Any]:
+        """Cells of a column of ``.item`` by internal item id; ``()`` where there is none."""
+        table = read_atomic(self._item_file, columns=[self.iid_field, field], **self._format)
+        if "float" in table.types[field].value:
             raise InputError(
                 f"{self._item_file}: {field} is of type {table.types[field].value}; "
                 "category_field needs a column of type token_seq"
             )
         frame = table.frame.drop_duplicates(self.iid_field)  # the first row counts, as in RecBole
         cells = dict(zip(frame[self.iid_field], frame[field], strict=True))
-        found = [cells.get(token, default) for token in self.item_tokens[1:]]
-        return [default, *(default if isinstance(cell, float) else cell for cell in found)]
+        found = [cells.get(token, ()) for token in self.item_tokens[1:]]
+        return [(), *(() if isinstance(cell, float) else cell for cell in found)]
 
 
 def _tokens(column: pd.Series, kind: FeatureType) -> Iterable[Any]:

@@ -1149,23 +1149,9 @@ def catalogue(make):
     )
 
 
-def test_item_text_is_read_by_token(catalogue):
-    dataset = create_dataset(catalogue())
-    assert dataset.item_feat is None
-    by_item = dict(zip(dataset.item_tokens, dataset.item_text("title"), strict=True))
-    assert by_item == {
-        "[PAD]": "",
-        "i0": "",
-        "i1": "",
-        "i2": "",
-        "i3": 'The "Big" one',
-        "i4": " NA  null ",
-    }
-    assert dict(zip(dataset.item_tokens, dataset.item_text("price"), strict=True))["i3"] == "1"
-
-
 def test_item_categories_are_read_by_token(catalogue):
     dataset = create_dataset(catalogue(category_field="tags"))
+    assert dataset.item_feat is None
     table = dataset.item_categories
     assert table is dataset.build()[0].item_categories
     assert table.names == ("a", "b")
@@ -1205,9 +1191,10 @@ def test_categories_that_nobody_has_are_refused(make):
         _ = create_dataset(config).item_categories
 
 
-def test_text_without_an_item_file_is_refused(make):
+def test_categories_without_an_item_file_are_refused(make):
+    config = make(inter=(INTER, interactions()))(category_field="tags")
     with pytest.raises(InputError, match=r"toy.item: no such file"):
-        create_dataset(make(inter=(INTER, interactions()))()).item_text("title")
+        create_dataset(config).item_categories  # noqa: B018
 
 
 def test_no_modality_gives_no_features(catalogue):
