@@ -371,6 +371,7 @@ def _print_tables(out: str) -> None:
 
 def _extract(known: argparse.Namespace, rest: Sequence[str]) -> None:
     from recbole_mm.config import Config
+    from recbole_mm.data.atomic import format_of
     from recbole_mm.data.images import extract_images, item_tokens
 
     place = [f"--data_path={known.data_path}"] if known.data_path else []
@@ -384,8 +385,7 @@ def _extract(known: argparse.Namespace, rest: Sequence[str]) -> None:
         folder,
         known.dataset,
         item_id_field=config["ITEM_ID_FIELD"],
-        field_separator=config["field_separator"],
-        encoding=config["encoding"] or "utf-8",
+        atomic=format_of(config),
         benchmark=config["benchmark_filename"] or (),
     )
     done = extract_images(

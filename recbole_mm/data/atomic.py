@@ -57,7 +57,13 @@ class AtomicTable:
 
 @dataclass(frozen=True)
 class AtomicFormat:
-    """How the atomic files of a data set are written; RecBole's keys of these names."""
+    """How the atomic files of a data set are written; RecBole's keys of these names.
+
+    Attributes:
+        field_separator: One ASCII character between fields.
+        seq_separator: What separates the entries of a sequence; empty entries are left out.
+        encoding: Of the file; a byte order mark is skipped.
+    """
 
     field_separator: str = "\t"
     seq_separator: str = " "
@@ -67,25 +73,28 @@ class AtomicFormat:
 RECBOLES_FORMAT = AtomicFormat()
 
 
-def read_header(
-    path: str | Path, *, field_separator: str = "\t", encoding: str = "utf-8"
-) -> dict[str, FeatureType]:
+def format_of(config: Any) -> AtomicFormat:
+    """How a configuration says that the files are written."""
+    return AtomicFormat(
+        config["field_separator"], config["seq_separator"], config["encoding"] or "utf-8"
+    )
+
+
+def read_header(path: str | Path, atomic: AtomicFormat = RECBOLES_FORMAT) -> dict[str, FeatureType]:
     """Types by field name, in the order of the file.
 
     Raises:
         InputError: If the file is missing or empty, or a field of its header is not ``name:type``.
     """
     path = Path(path)
-    with _open(path, encoding) as (file, codec):
-        return _header(path, file, field_separator, codec)
+    with _open(path, atomic.encoding) as (file, codec):
+        return _header(path, file, atomic.field_separator, codec)
 
 
 def read_atomic(
     path: str | Path,
+    atomic: AtomicFormat = RECBOLES_FORMAT,
     *,
-    field_separator: str = "\t",
-    seq_separator: str = " ",
-    encoding: str = "utf-8",
     columns: Collection[str] | None = None,
     as_text: Collection[str] = (),
     time_field: str | None = None,
@@ -95,9 +104,7 @@ def read_atomic(
 
     Args:
         path: The file.
-        field_separator: One ASCII character between fields.
-        seq_separator: What separates the entries of a sequence; empty entries are left out.
-        encoding: Of the file; a byte order mark is skipped.
+        atomic: How it is written.
         columns: Names to read; ``None`` for all.
         as_text: Columns whose whole cell stays one ``str``, whatever their type; empty if missing.
         time_field: Column, if read, that must hold a finite number in every row.
@@ -110,17 +117,15 @@ def read_atomic(
     path = Path(path)
     if on_bad_time not in ("error", "drop"):
         raise InputError(f"on_bad_time must be 'error' or 'drop', got {on_bad_time!r}")
-    with _open(path, encoding) as (file, codec):
-        header = _header(path, file, field_separator, codec)
+    with _open(path, atomic.encoding) as (file, codec):
+        header = _header(path, file, atomic.field_separator, codec)
         for name in [*(columns or ()), *as_text]:
             if name not in header:
                 raise InputError(
                     f"{path}: no column {name!r}; name one of its columns "
                     f"{', '.join(header)}{nearest(name, header)}"
                 )
-        reader = _Reader(
-            path, file, header, separator=field_separator, encoding=encoding, codec=codec
-        )
+        reader = _Reader(path, file, header, atomic, codec)
         chosen = [name for name in header if columns is None or name in columns or name in as_text]
         texts = [n for n in chosen if n in as_text or header[n] is not FeatureType.FLOAT]
         frame = reader.columns(chosen, texts=texts)
@@ -139,7 +144,7 @@ def read_atomic(
                     reader.bad_number(name, int(bad.argmax()), is_time=name == time_field)
                 frame[name] = values
             elif header[name] is not FeatureType.TOKEN:
-                frame[name] = reader.sequences(frame[name], header[name], seq_separator)
+                frame[name] = reader.sequences(frame[name], header[name])
 
     dropped = int(bad_time.sum())
     if dropped == len(frame):
@@ -247,13 +252,11 @@ class _Reader:
         path: Path,
         file: BinaryIO,
         header: dict[str, FeatureType],
-        *,
-        separator: str,
-        encoding: str,
+        atomic: AtomicFormat,
         codec: str,
     ) -> None:
-        self.path, self.file, self.separator = path, file, separator
-        self.encoding, self.codec = encoding, codec
+        self.path, self.file, self.separator = path, file, atomic.field_separator
+        self.atomic, self.codec = atomic, codec
         self.names = list(header)
         self.start = file.tell()
         self.blank_lines, self.rewritten = False, False
@@ -372,8 +375,9 @@ class _Reader:
             )
         raise InputError(f"{self.path}, line {self.line(row)}: {name} {found}; {mend}")
 
-    def sequences(self, column: pd.Series, kind: FeatureType, separator: str) -> pd.Series:
+    def sequences(self, column: pd.Series, kind: FeatureType) -> pd.Series:
         """An array for each cell of a sequence column."""
+        separator = self.atomic.seq_separator
         rows = np.empty(len(column), dtype=object)
         for row, cell in enumerate(column):
             entries = [] if isinstance(cell, float) else [e for e in cell.split(separator) if e]
@@ -393,7 +397,7 @@ class _Reader:
 
     def line(self, row: int) -> int:
         """Number, in the file, of the line that holds a row."""
-        with _open(self.path, self.encoding) as (file, _):
+        with _open(self.path, self.atomic.encoding) as (file, _):
             lines = enumerate(file, start=1)
             next(lines)
             filled = (number for number, line in lines if line not in (b"\n", b"\r\n"))

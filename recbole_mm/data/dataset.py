@@ -34,7 +34,7 @@ from recbole.utils import FeatureSource, FeatureType
 from torch import Tensor
 
 from recbole_mm.data import splitting
-from recbole_mm.data.atomic import AtomicFormat, AtomicTable, read_atomic, read_header
+from recbole_mm.data.atomic import AtomicTable, format_of, read_atomic, read_header
 from recbole_mm.data.categories import CategoryTable
 from recbole_mm.data.cold_start import newest_items
 from recbole_mm.data.derive import resolve_declarations
@@ -86,11 +86,7 @@ class MultimodalDataset(Dataset):
 
     def _get_preset(self) -> None:
         super()._get_preset()
-        self._format = {
-            "field_separator": self.config["field_separator"],
-            "seq_separator": self.config["seq_separator"],
-            "encoding": self.config["encoding"] or "utf-8",
-        }
+        self._format = format_of(self.config)
         self._steps: list[FilterStep] = []
         self._codes: dict[str, NDArray[np.int64]] = {}
         self._bad_times = 0
@@ -162,11 +158,7 @@ class MultimodalDataset(Dataset):
         load_col, unload_col = self._get_load_and_unload_col(source)
         if load_col == set() and source is not FeatureSource.INTERACTION:
             return None
-        header = read_header(
-            filepath,
-            field_separator=self._format["field_separator"],
-            encoding=self._format["encoding"],
-        )
+        header = read_header(filepath, self._format)
         columns = [
             field
             for field in header
@@ -209,10 +201,10 @@ class MultimodalDataset(Dataset):
             )
         table = read_atomic(
             filepath,
+            self._format,
             columns=columns,
             time_field=time,
             on_bad_time=self.config["on_bad_time"] or "error",
-            **self._format,
         )
         self._bad_times += table.dropped
         for field, kind in table.types.items():
@@ -675,7 +667,11 @@ class MultimodalDataset(Dataset):
 
     def _load_features(self) -> FeatureTable:
         tokens = self.item_tokens
-        where = {"dataset_name": self.dataset_name, "dataset_path": self.dataset_path}
+        where: dict[str, Any] = {
+            "dataset_name": self.dataset_name,
+            "dataset_path": self.dataset_path,
+            "atomic": self._format,
+        }
         declarations: Mapping[str, Mapping[str, Any]] = resolve_declarations(
             self.config["modalities"] or {},
             tokens=tokens,
@@ -684,14 +680,12 @@ class MultimodalDataset(Dataset):
             item_id_field=self.iid_field,
             knowledge_fields=[self.config[key] for key in _KNOWLEDGE_FIELDS],
             **where,
-            **self._format,
         )
         coverage = self.config["min_coverage"]
         table = load_features(
             declarations,
             tokens,
             min_coverage=0.9 if coverage is None else coverage,
-            atomic=AtomicFormat(**self._format),
             **where,
         )
         return table.hiding(self.config["hidden_features"] or {}, tokens)
@@ -718,7 +712,7 @@ class MultimodalDataset(Dataset):
 
     def _item_column(self, field: str) -> list[Any]:
         """Cells of a column of ``.item`` by internal item id; ``()`` where there is none."""
-        table = read_atomic(self._item_file, columns=[self.iid_field, field], **self._format)
+        table = read_atomic(self._item_file, self._format, columns=[self.iid_field, field])
         if "float" in table.types[field].value:
             raise InputError(
                 f"{self._item_file}: {field} is of type {table.types[field].value}; "

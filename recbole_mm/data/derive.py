@@ -35,7 +35,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from sklearn.feature_extraction.text import TfidfTransformer, TfidfVectorizer
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from recbole_mm.data.atomic import read_atomic, read_header
+from recbole_mm.data.atomic import RECBOLES_FORMAT, AtomicFormat, read_atomic, read_header
 from recbole_mm.data.decomposition import decompose, unit_rows
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.feature_files import read_features, save_features
@@ -90,25 +90,11 @@ class _Source:
     folder: Path
     item_id_field: str
     knowledge_fields: tuple[str, ...]  # entity, head, relation, tail
-    field_separator: str
-    seq_separator: str
-    encoding: str
+    atomic: AtomicFormat
 
     def read(self, path: Path, *names: str) -> pd.DataFrame:
         """The columns ``names`` of an atomic file, each cell as it is written."""
-        table = read_atomic(
-            path,
-            field_separator=self.field_separator,
-            seq_separator=self.seq_separator,
-            encoding=self.encoding,
-            columns=names,
-            as_text=names,
-        )
-        return table.frame[list(names)]
-
-    def types(self, path: Path) -> dict[str, FeatureType]:
-        """Types of the columns of an atomic file."""
-        return read_header(path, field_separator=self.field_separator, encoding=self.encoding)
+        return read_atomic(path, self.atomic, columns=names, as_text=names).frame[list(names)]
 
 
 @dataclass(frozen=True)
@@ -195,9 +181,7 @@ def resolve_declarations(
     progress: bool = True,
     item_id_field: str = "item_id",
     knowledge_fields: Sequence[str] = ("entity_id", "head_id", "relation_id", "tail_id"),
-    field_separator: str = "\t",
-    seq_separator: str = " ",
-    encoding: str = "utf-8",
+    atomic: AtomicFormat = RECBOLES_FORMAT,
 ) -> dict[str, Mapping[str, Any]]:
     """Compute the modalities declared with ``derive`` and declare their files instead.
 
@@ -216,9 +200,7 @@ def resolve_declarations(
         item_id_field: Name of the id column in ``.item`` and ``.link``.
         knowledge_fields: Names of the columns entity, in ``.link``, and head, relation and tail, in
             ``.kg``.
-        field_separator: Stands between the columns of an atomic file.
-        seq_separator: Stands between the entries of a ``token_seq``.
-        encoding: Of the atomic files.
+        atomic: How the atomic files are written.
 
     Returns:
         Declarations for :func:`~recbole_mm.data.features.load_features`, in the order given.
@@ -233,9 +215,7 @@ def resolve_declarations(
         folder=Path(dataset_path),
         item_id_field=item_id_field,
         knowledge_fields=tuple(knowledge_fields),
-        field_separator=field_separator,
-        seq_separator=seq_separator,
-        encoding=encoding,
+        atomic=atomic,
     )
     cache = cache_folder(cache_dir)
     resolved: dict[str, Mapping[str, Any]] = {}
@@ -392,9 +372,7 @@ def _key(job: _Job, digests: Mapping[str, str]) -> str:
         "format": [
             source.item_id_field,
             *source.knowledge_fields,
-            source.field_separator,
-            source.seq_separator,
-            source.encoding,
+            *astuple(source.atomic),
         ],
         "packages": {package: _major_minor(package) for package in packages},
     }
@@ -469,7 +447,7 @@ def _text(job: _Job, announce: _Announce) -> _Derived:
     announce("read")
     ids, items = job.read_items(*fields)
     texts = [
-        _plain(" ".join(row), job.source.seq_separator)
+        _plain(" ".join(row), job.source.atomic.seq_separator)
         for row in items.itertuples(index=False, name=None)
     ]
     rows = np.array([bool(text) for text in texts])
@@ -609,10 +587,9 @@ def _categories(job: _Job, announce: _Announce) -> _Derived:
 
     announce("count categories")
     # a token is one category, be there a space in it or not
-    is_list = job.source.types(path)[field] is FeatureType.TOKEN_SEQ
-    entries = [
-        entry.split(job.source.seq_separator) if is_list else [entry] for entry in items[field]
-    ]
+    is_list = read_header(path, job.source.atomic)[field] is FeatureType.TOKEN_SEQ
+    separator = job.source.atomic.seq_separator
+    entries = [entry.split(separator) if is_list else [entry] for entry in items[field]]
     lists = [[name for name in entry if name not in ("", "_")] for entry in entries]
     names = sorted({name for entry in lists for name in entry})
     if not names:

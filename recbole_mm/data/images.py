@@ -38,7 +38,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from recbole_mm import checkpoint
-from recbole_mm.data.atomic import read_atomic
+from recbole_mm.data.atomic import RECBOLES_FORMAT, AtomicFormat, read_atomic
 from recbole_mm.data.decomposition import decompose
 from recbole_mm.data.feature_files import save_features
 from recbole_mm.errors import EnvironmentFault, InputError, nearest, printable
@@ -153,8 +153,7 @@ def item_tokens(
     name: str,
     *,
     item_id_field: str = "item_id",
-    field_separator: str = "\t",
-    encoding: str = "utf-8",
+    atomic: AtomicFormat = RECBOLES_FORMAT,
     benchmark: Sequence[str] = (),
 ) -> list[str]:
     """Items of a data set: those of ``.inter``, and of ``.item`` if there is one.
@@ -163,8 +162,7 @@ def item_tokens(
         folder: Of the atomic files.
         name: Of the data set, their stem.
         item_id_field: Column of the items.
-        field_separator: Stands between the columns.
-        encoding: Of the files.
+        atomic: How they are written.
         benchmark: Parts of a data set that comes split, for ``{name}.{part}.inter``.
 
     Raises:
@@ -175,13 +173,7 @@ def item_tokens(
         files = [folder / f"{name}.item", *files]
     tokens: dict[str, None] = {}
     for file in files:
-        table = read_atomic(
-            file,
-            field_separator=field_separator,
-            encoding=encoding,
-            columns=[item_id_field],
-            as_text=[item_id_field],
-        )
+        table = read_atomic(file, atomic, columns=[item_id_field], as_text=[item_id_field])
         tokens |= dict.fromkeys(table.frame[item_id_field])
     tokens.pop("", None)
     if not tokens:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from recbole_mm.data.atomic import read_atomic, read_header
+from recbole_mm.data.atomic import AtomicFormat, read_atomic, read_header
 from recbole_mm.errors import InputError
 
 HEADER = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
@@ -82,7 +82,7 @@ def test_line_ends_and_byte_order_mark_do_not_matter(write, end, mark, last):
     lines = ["i:token\tx:float\tt:token_seq", "a\t1\tb c", "d\t2\té"]
     text = mark + end.join(lines) + (end if last else "")
     for encoding in ("utf-8", "utf-8-sig"):
-        frame = read_atomic(write(text), encoding=encoding, as_text=["t"]).frame
+        frame = read_atomic(write(text), AtomicFormat(encoding=encoding), as_text=["t"]).frame
         assert frame.to_dict("list") == {"i": ["a", "d"], "x": [1.0, 2.0], "t": ["b c", "é"]}
 
 
@@ -103,7 +103,7 @@ def test_blank_lines_are_no_rows(write, header):
 @pytest.mark.parametrize("encoding", ["utf-16", "gbk", "latin-1"])
 def test_reads_other_encodings(write, encoding):
     path = write("i:token\tt:token\r\na\t·\r\n", encoding)
-    assert read_atomic(path, encoding=encoding).frame["t"].tolist() == ["·"]
+    assert read_atomic(path, AtomicFormat(encoding=encoding)).frame["t"].tolist() == ["·"]
 
 
 def test_undecodable_bytes_are_refused_with_their_line(write):
@@ -113,18 +113,18 @@ def test_undecodable_bytes_are_refused_with_their_line(write):
 
 def test_unknown_encoding_is_refused(write):
     with pytest.raises(InputError, match="utf-9"):
-        read_atomic(write("i:token\na\n"), encoding="utf-9")
+        read_atomic(write("i:token\na\n"), AtomicFormat(encoding="utf-9"))
 
 
 @pytest.mark.parametrize("encoding", ["zlib", "rot13", "base64", "u\0"])
 def test_codecs_that_are_not_of_text_are_unknown(write, encoding):
     with pytest.raises(InputError, match="unknown encoding"):
-        read_atomic(write("i:token\na\n"), encoding=encoding)
+        read_atomic(write("i:token\na\n"), AtomicFormat(encoding=encoding))
 
 
 @pytest.mark.parametrize(("encoding", "text"), [("punycode", b"i:\n"), ("utf-7", b"i\n+2AA-\n")])
 def test_odd_encodings_fail_by_name(write, encoding, text):
-    refuses(write(text), f"not {encoding}", encoding=encoding)
+    refuses(write(text), f"not {encoding}", atomic=AtomicFormat(encoding=encoding))
 
 
 def test_nul_byte_is_refused_with_its_line(write):
@@ -133,14 +133,14 @@ def test_nul_byte_is_refused_with_its_line(write):
 
 def test_separator_may_be_any_ascii_character(write):
     path = write("i:token,w:token_seq\na,b|c\n")
-    table = read_atomic(path, field_separator=",", seq_separator="|")
+    table = read_atomic(path, AtomicFormat(",", "|"))
     assert table.frame["w"][0].tolist() == ["b", "c"]
 
 
 @pytest.mark.parametrize("separator", ["", "\t\t", "é", "\n"])
 def test_other_separators_are_refused(write, separator):
     with pytest.raises(InputError, match="field_separator"):
-        read_header(write("i:token\na\n"), field_separator=separator)
+        read_header(write("i:token\na\n"), AtomicFormat(separator))
 
 
 # numbers

@@ -19,6 +19,7 @@ import recbole
 import yaml
 
 from recbole_mm.data import derive
+from recbole_mm.data.atomic import AtomicFormat
 from recbole_mm.data.derive import cache_folder, default_cache_dir, resolve_declarations
 from recbole_mm.data.feature_files import read_features
 from recbole_mm.data.features import load_features
@@ -191,7 +192,7 @@ def test_other_separators_and_id_column_are_read(world):
         f"{item};{title.replace(' ', '|')}\n" for item, (title, _) in FILMS.items()
     )
     (world.folder / "toy.item").write_text(text)
-    options = {"item_id_field": "movie", "field_separator": ";", "seq_separator": "|"}
+    options = {"item_id_field": "movie", "atomic": AtomicFormat(";", "|")}
     expected = weigh({item: words(title) for item, (title, _) in FILMS.items() if title != "_"})
     assert cosines(world({**TEXT, "dim": 99}, **options)) == pytest.approx(expected, abs=1e-6)
     assert derive._plain("Red|Sun", "|") == "Red Sun"  # what a sentence encoder reads

@@ -68,7 +68,7 @@ def kind_of(path: Path, atomic: AtomicFormat = RECBOLES_FORMAT) -> str:
             "save the matrix with numpy.save"
         )
     try:
-        read_header(path, field_separator=atomic.field_separator, encoding=atomic.encoding)
+        read_header(path, atomic)
     except InputError as error:
         raise InputError(
             f"{path}: unknown feature format {suffix!r}; use .safetensors, .npz, .npy, .pt, "

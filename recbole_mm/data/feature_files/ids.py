@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from recbole_mm.data.atomic import RECBOLES_FORMAT, AtomicFormat, read_atomic, read_header
@@ -55,11 +54,9 @@ def read_ids(
         return _item2index(path)
     if suffix in (".csv", ".tsv"):
         return _csv_ids(path, id_col)
-    names = list(
-        read_header(path, field_separator=atomic.field_separator, encoding=atomic.encoding)
-    )
+    names = list(read_header(path, atomic))
     name = names[column_position(path, names, id_col)]
-    table = read_atomic(path, columns=[name], as_text=[name], **asdict(atomic))
+    table = read_atomic(path, atomic, columns=[name], as_text=[name])
     return table.frame[name].tolist(), None
 
 

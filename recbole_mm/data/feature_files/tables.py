@@ -56,7 +56,7 @@ def read_atomic_file(
     """
     separator, encoding = atomic.field_separator, atomic.encoding
     within = None if atomic.seq_separator.isspace() else atomic.seq_separator  # None: any space
-    header = read_header(path, field_separator=separator, encoding=encoding)
+    header = read_header(path, atomic)
     sequences = [name for name, kind in header.items() if kind is FeatureType.FLOAT_SEQ]
     if column is None and len(sequences) == 1:
         column = sequences[0]
