@@ -435,6 +435,11 @@ class Config(RecBoleConfig):
         return cls(model, None, [values], config_dict, command_line)
 
 
+def key_of(argument: str) -> str:
+    """The key of a command-line argument ``--key=value``."""
+    return argument.removeprefix("--").partition("=")[0]
+
+
 def listed(files: Sequence[_F] | str | Path | None) -> list[_F | str | Path]:
     """Config files as a list, also of a single one.
 

@@ -24,6 +24,7 @@ from recbole_mm.config import (
     Config,
     choose,
     digest_of_data,
+    key_of,
     parse_value,
     read_yaml,
     reads_features,
@@ -169,7 +170,7 @@ def plan(
         raise InputError(
             f"--tuned: {tuned} has no file for any row; it should hold <dataset>/<model>.yaml"
         )
-    for key in map(_key, command_line):
+    for key in map(key_of, command_line):
         if not any(key in cell.values for cell in cells):
             raise InputError(f"command line: --{key}: no row of the table reads it; leave it out")
     return cells
@@ -235,7 +236,7 @@ class _Common:
         own = dict(row.values)
         try:
             if isinstance(own.get("eval_args"), Mapping):  # a part of them leaves the rest
-                given = {_key(a): a.partition("=")[2] for a in self.command_line}
+                given = {key_of(a): a.partition("=")[2] for a in self.command_line}
                 for_all = parse_value(given.get("eval_args", "{}"))
                 own["eval_args"] = {
                     **(for_all if isinstance(for_all, Mapping) else {}),
@@ -252,16 +253,12 @@ class _Common:
         """The configuration of a row; what it has of its own is stronger than all else."""
         own = {key: value for key, value in own.items() if value is not None or key != "modalities"}
         values = {**self.config_dict, **own, **_FIXED}
-        for_all = [argument for argument in self.command_line if _key(argument) not in own]
+        for_all = [argument for argument in self.command_line if key_of(argument) not in own]
         return Config(row.model, self.dataset, files, values, for_all, shared=True)
 
 
-def _key(argument: str) -> str:
-    return argument.removeprefix("--").partition("=")[0]
-
-
 def _check_command_line(command_line: Sequence[str]) -> None:
-    for key in map(_key, command_line):
+    for key in map(key_of, command_line):
         if key in _RESERVED:
             raise InputError(f"command line: --{key} is not for compare: {_RESERVED[key]}")
 

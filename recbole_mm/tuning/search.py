@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from recbole_mm import files
-from recbole_mm.config import NO_NUMBERS, Config, digest_of_data
+from recbole_mm.config import NO_NUMBERS, Config, digest_of_data, key_of
 from recbole_mm.errors import InputError, NumericalError, OutOfMemory
 from recbole_mm.protocol import Protocol, assert_comparable
 from recbole_mm.quick_start import run
@@ -165,7 +165,7 @@ class Search:
 
     def _free(self, forced: Mapping[str, Any]) -> list[str]:
         """The command line without what is forced, which must not lose to it."""
-        return [a for a in self.command_line if _key(a) not in forced]
+        return [a for a in self.command_line if key_of(a) not in forced]
 
     def best(self, records: Sequence[Record]) -> int | None:
         """Index of the record with the best validation score, the first of equal ones."""
@@ -271,7 +271,3 @@ def _check_alike(result: Mapping[str, Any], earlier: Sequence[Record]) -> None:
 def _mean(numbers: Sequence[float]) -> float:
     """The number itself, if it is one."""
     return numbers[0] if len(numbers) == 1 else float(np.mean(numbers))
-
-
-def _key(argument: str) -> str:
-    return argument.removeprefix("--").partition("=")[0]

@@ -25,7 +25,7 @@ from typing import Any
 
 from recbole.utils import argument_list
 
-from recbole_mm.config import PROPERTIES, Config, parse_value
+from recbole_mm.config import PROPERTIES, Config, key_of, parse_value
 from recbole_mm.config_rules import check_type
 from recbole_mm.errors import InputError, nearest
 
@@ -164,7 +164,7 @@ def check_space(
         InputError: If a key is none of the model's, changes how trials are compared, or is also
             on the command line, where it would silently win over every trial.
     """
-    given = {argument.removeprefix("--").partition("=")[0] for argument in command_line}
+    given = set(map(key_of, command_line))
     known = set(config.internal_config_dict) | set(argument_list.training_arguments)
     checked = {}
     for name, parameter in space.items():
