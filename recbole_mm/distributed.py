@@ -259,7 +259,7 @@ def _process(
 ) -> None:
     """Body of each process."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends it, even where it waits for a peer
-    Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     tqdm.set_lock(RLock())  # its own is one of all processes, and left behind where one is ended
     try:
         _prepare(number, n, device_type, scratch)
@@ -278,11 +278,18 @@ def _process(
     os._exit(code)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process when the one that started it is killed: nothing may go on without it."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
+    if parent is None:
+        return
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            connection.wait([parent.sentinel])
         os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _prepare(number: int, n: int, device_type: str, scratch: str) -> None:

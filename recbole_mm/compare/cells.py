@@ -20,11 +20,10 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -33,6 +32,7 @@ from typing import Any
 from recbole_mm import __version__
 from recbole_mm.compare import missing
 from recbole_mm.compare.plan import Cell
+from recbole_mm.distributed import end_with_parent
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
 from recbole_mm.files import alone, write_text
 from recbole_mm.run_folder import STATE, code_digest
@@ -206,7 +206,7 @@ def _context() -> Any:
 def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) -> None:
     """Run a cell, in a process of its own; leaves ``cell.json`` or ``error.json``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    _end_with_parent()
+    end_with_parent()
     folder = out / "cells" / cell.folder
     if (folder / ERROR).is_file() and not (folder / RECORD).is_file():
         shutil.rmtree(folder)  # it starts anew
@@ -374,17 +374,3 @@ def _limit_threads(threads: int) -> None:
 
     torch.set_num_threads(threads)
     threadpool_limits(threads)
-
-
-def _end_with_parent() -> None:
-    """End this process when compare itself is killed: nothing may go on in its folder."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        with suppress(OSError):
-            wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
