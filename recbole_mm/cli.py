@@ -23,6 +23,12 @@ Any key of the configuration can follow as --key=value, for example
 exit codes: 0 done, 1 some cells of a table failed, 2 bad input or configuration,
 3 environment, memory or disk, 4 numerical failure
 """
+# of the commands that take any key of the configuration
+_WITH_KEYS: dict[str, Any] = {
+    "epilog": _EPILOG,
+    "formatter_class": argparse.RawDescriptionHelpFormatter,
+    "allow_abbrev": False,  # argparse hands it on to no command
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,15 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"recbole-mm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser(
-        "run",
-        help="train and evaluate one model",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # argparse hands it on to no command
-    )
+    run = commands.add_parser("run", help="train and evaluate one model", **_WITH_KEYS)
     _add_run_arguments(run)
-    _add_run_only_arguments(run)
     explain = commands.add_parser(
         "explain",
         help="tables and plots of what the model of a run tells of itself",
@@ -54,43 +53,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument(
         "--items", nargs="+", metavar="ITEM", help="items to show, by token (the most popular 20)"
     )
+    explain.set_defaults(action=_explain)
     _add_tune(commands)
-    commands.add_parser("models", help="list the models that run")
-    _add_compare_arguments(commands)
+    commands.add_parser("models", help="list the models that run").set_defaults(action=_models)
+    _add_compare(commands)
     _add_extract(commands)
     _add_download(commands)
-    known, rest = parser.parse_known_args(arguments)
-    if known.command == "models":
-        return _guarded(lambda: _print_models(rest))
-    if known.command == "compare":
-        return _guarded(lambda: _compare(known, rest))
-    if known.command == "tune":
-        return _guarded(lambda: _tune(known, rest))
-    if known.command == "explain":
-        return _guarded(lambda: _explain(known, rest))
-    if known.command == "extract":
-        return _guarded(lambda: _extract(known, rest))
-    if known.command == "download":
-        return _guarded(lambda: _download(known, rest))
-    return _guarded(lambda: _run(known, rest))
+    return _guarded(parser, arguments)
 
 
 def run_main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``run_recbole_mm.py``: ``recbole-mm run`` without the word ``run``."""
     parser = argparse.ArgumentParser(
         prog="run_recbole_mm.py",
-        allow_abbrev=False,
         description="Train and evaluate one model under RecBole.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **_WITH_KEYS,
     )
     _add_run_arguments(parser)
-    _add_run_only_arguments(parser)
-    known, rest = parser.parse_known_args(arguments)
-    return _guarded(lambda: _run(known, rest))
+    return _guarded(parser, arguments)
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         "-m",
@@ -104,7 +87,9 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run_only_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(action=_run)
+    _add_model_arguments(parser)
     parser.add_argument(
         "--resume", metavar="RUN", help="folder of an interrupted run, to be continued"
     )
@@ -123,11 +108,10 @@ def _add_tune(commands: Any) -> None:
         help="search for hyper-parameters, by validation only",
         description="Search for the configuration with the best validation score. The same command "
         "continues an interrupted search.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        **_WITH_KEYS,
     )
-    _add_run_arguments(tune)
+    tune.set_defaults(action=_tune)
+    _add_model_arguments(tune)
     tune.add_argument("--engine", default="optuna", help="recbole, optuna or ray (optuna)")
     tune.add_argument("--algo", default="bayes", help="exhaustive, random or bayes (bayes)")
     tune.add_argument("--trials", type=int, help="how many (20; with exhaustive every combination)")
@@ -146,16 +130,15 @@ def _add_tune(commands: Any) -> None:
     tune.add_argument("--out", default="tuned", help="folder of the results (tuned)")
 
 
-def _add_compare_arguments(commands: Any) -> None:
+def _add_compare(commands: Any) -> None:
     parser = commands.add_parser(
         "compare",
         help="side-by-side tables of many models, data sets and seeds",
         description="Runs every model on every data set with every seed, and writes the tables. "
         "The same command goes on where an interrupted one was.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        **_WITH_KEYS,
     )
+    parser.set_defaults(action=_compare)
     add = parser.add_argument
     add("--models", required=True, help="SASRec,MUFASA,MUFASA+without_anchor,CAMMSR+*")
     add("--datasets", required=True, help="folder names below data_path: ml-100k,my_data")
@@ -202,6 +185,7 @@ def _add_extract(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(action=_extract)
     add = parser.add_argument
     add("dataset", help="folder name below data_path")
     add("--images", required=True, metavar="FOLDER", help="the images, named after their items")
@@ -236,6 +220,7 @@ def _add_download(commands: Any) -> None:
         "not at all.",
         allow_abbrev=False,
     )
+    parser.set_defaults(action=_download)
     add = parser.add_argument
     add("name", help="as in RecBole's list, for example ml-1m; with --url the name to give it")
     add("--url", help="address of a zip archive of atomic files that is not in the list")
@@ -243,9 +228,11 @@ def _add_download(commands: Any) -> None:
     add("--data_path", default="dataset", help="folder to put the data set's folder in (dataset)")
 
 
-def _guarded(action: Any) -> int:
+def _guarded(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Do what the arguments say; the exit code."""
+    known, rest = parser.parse_known_args(arguments)
     try:
-        action()
+        known.action(known, rest)
         sys.stdout.flush()  # here, not at the exit of Python, where nobody would notice
     except RecboleMMError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
@@ -276,7 +263,7 @@ def _is_unread() -> bool:
     return False
 
 
-def _print_models(rest: Sequence[str]) -> None:
+def _models(known: argparse.Namespace, rest: Sequence[str]) -> None:
     from recbole_mm.registry import model_names
 
     if rest:
