@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,7 +53,7 @@ ITEMS = "items.safetensors"
 
 _PACKAGES = ("recbole", "torch", "numpy", "scipy", "pandas", "scikit-learn", "safetensors")
 DAMAGED = "restore the folder, or run it anew"
-_ANSI = "\x1b["
+_COLOUR = re.compile(r"\x1b\[[^m]*m?")
 
 
 class RunFolder:
@@ -210,11 +211,7 @@ class _PlainFormatter(logging.Formatter):
     """Without the colours that RecBole writes into its messages."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        while (start := text.find(_ANSI)) >= 0:
-            end = text.find("m", start)
-            text = text[:start] + (text[end + 1 :] if end >= 0 else "")
-        return text
+        return _COLOUR.sub("", super().format(record))
 
 
 @functools.cache
