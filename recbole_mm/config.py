@@ -119,11 +119,8 @@ def parse_value(text: str) -> Any:
         value = _plain_data(text)
     except yaml.YAMLError:
         return text
-    return text if isinstance(value, (bytes,)) or _is_date(value) else value
-
-
-def _is_date(value: Any) -> bool:
-    return hasattr(value, "isoformat")
+    is_date = hasattr(value, "isoformat")
+    return text if is_date or isinstance(value, bytes) else value
 
 
 class Config(RecBoleConfig):
@@ -310,9 +307,8 @@ class Config(RecBoleConfig):
         for key in ("checkpoint_dir", "data_path"):  # in a YAML file no shell reads the ~
             if isinstance(final[key], str):
                 final[key] = os.path.expanduser(final[key])
-        final["metrics"] = list(
-            [final["metrics"]] if isinstance(final["metrics"], str) else final["metrics"]
-        )
+        metrics = final["metrics"]
+        final["metrics"] = [metrics] if isinstance(metrics, str) else list(metrics)
         config_rules.check_values(final, model=self.model_class)
         if final["explain"] and not hasattr(self.model_class, "explain"):
             able = ", ".join(name for name, model in MODELS.items() if hasattr(model, "explain"))
@@ -569,6 +565,4 @@ def _plain(value: Any) -> Any:
         return [_plain(entry) for entry in value]
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
-    if isinstance(value, torch.device):
-        return str(value)
-    return str(value)
+    return str(value)  # a device

@@ -296,7 +296,6 @@ def _is_number(value: Any) -> bool:
 
 def _check_metrics(config: Mapping[str, Any]) -> None:
     metrics = config["metrics"]
-    metrics = [metrics] if isinstance(metrics, str) else list(metrics)
     for metric in metrics:
         if not isinstance(metric, str) or metric.lower() not in metric_types:
             raise InputError(
