@@ -55,17 +55,14 @@ class TrainingLoop(Trainer):
     def __init__(self, config: Config, model: Any) -> None:
         super().__init__(config, model)
         self.amp_dtype = getattr(torch, config["amp_dtype"])
-        scales = config["enable_amp"] and config["enable_scaler"] and self._is_half
+        is_half = self.amp_dtype is torch.float16
+        scales = config["enable_amp"] and config["enable_scaler"] and is_half
         self.scaler = compat.grad_scaler(self.device.type, enabled=scales)
         self._term_sums: list[float] = []
         self._n_batches = 0
         self._n_passes = 0
         self._replica: torch.nn.Module | None = None
         self._compiled: dict[Callable[[Interaction], Any], Callable[[Interaction], Any]] = {}
-
-    @property
-    def _is_half(self) -> bool:
-        return self.amp_dtype is torch.float16
 
     def _train_epoch(
         self,

@@ -14,8 +14,7 @@ p values of each test are corrected by Holm over all comparisons of a table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,10 +62,6 @@ class Comparison:
     t_holm: float
     seeds: float
     seeds_holm: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, in the order of the attributes."""
-        return asdict(self)
 
     @property
     def differs(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +265,7 @@ def _mean_of(row: RowResult, key: str) -> float:
 
 def _frame_of_tests(tables: Iterable[Table]) -> pd.DataFrame:
     lines = [
-        {"dataset": table.dataset, **comparison.as_dict()}
+        {"dataset": table.dataset, **asdict(comparison)}
         for table in tables
         for comparison in table.comparisons
     ]

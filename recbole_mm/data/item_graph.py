@@ -470,7 +470,8 @@ def neighbours(graph: sp.csr_matrix, item: int, k: int) -> list[tuple[int, float
     """
     if not 1 <= item < graph.shape[0] or k < 1:
         raise ValueError(f"item must lie in [1, {graph.shape[0]}) and k be >= 1: {item}, {k}")
-    found, weight = _row(graph, item)
+    row = slice(graph.indptr[item], graph.indptr[item + 1])
+    found, weight = graph.indices[row], graph.data[row]
     order = np.lexsort((found, -weight))[:k]
     return [(int(found[i]), float(weight[i])) for i in order]
 
@@ -501,11 +502,6 @@ def overlap(graphs: Mapping[str, sp.csr_matrix], k: int) -> dict[tuple[str, str]
         jaccard = shared[known] / (size_a + size_b - shared)[known]
         found[a, b] = float(jaccard.mean()) if known.any() else float("nan")
     return found
-
-
-def _row(graph: sp.csr_matrix, item: int) -> tuple[IntArray, FloatArray]:
-    entries = slice(graph.indptr[item], graph.indptr[item + 1])
-    return graph.indices[entries], graph.data[entries]
 
 
 def _heaviest(graph: sp.csr_matrix, k: int) -> sp.csr_matrix:

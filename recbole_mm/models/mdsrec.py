@@ -195,7 +195,7 @@ class MDSRec(MultimodalSequentialRecommender):
         if ID in self.interest:
             contents.append(ids.unsqueeze(1))
         if self.project is not None:
-            contents.append(self.project(torch.arange(self.n_items, device=ids.device))[0])
+            contents.append(self.project(self.all_items())[0])
         vectors = torch.cat(contents, dim=1) + vectors
         return torch.where(self.present.unsqueeze(-1), vectors, 0.0).flatten(1)
 
