@@ -21,7 +21,7 @@ from recbole.data import data_preparation
 from recbole.utils import ModelType, init_seed
 
 from recbole_mm import compat, distributed, explain, protocol, serving
-from recbole_mm.checkpoint import Checkpoint, load_weights
+from recbole_mm.checkpoint import Checkpoint
 from recbole_mm.config import Config, reads_columns, reads_features
 from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import EnvironmentFault, InputError, OutOfMemory, RecboleMMError
@@ -238,7 +238,7 @@ def open_run(
         config = Config.reopened(path / "config.yaml", model, config_dict, command_line)
         made = _make(config)
         _check_data(path, made)
-        _load_weights(made.model, saved, path)
+        serving.load_best(made.model, saved, path)
     return OpenRun(config, made.dataset, made.loaders, made.model)
 
 
@@ -440,7 +440,6 @@ def _resume(
     *,
     score_test: bool,
 ) -> dict[str, Any]:
-    _check_folder(folder)
     run = RunFolder.at(folder)
     before = run.read_config()
     given = model if isinstance(model, type) else None
@@ -572,26 +571,11 @@ def _ids(dataset: Any) -> dict[str, list[str]]:
 
 def _saved_model(folder: Path) -> Checkpoint:
     """Weights of a run, and what stands beside them."""
-    _check_folder(folder)
     run = RunFolder.at(folder)
     run.read_config()  # refused where it is damaged
     if not run.has_weights:
         raise InputError(f"{folder}: has no model.safetensors, its run saved no epoch; run it anew")
     return run.read_weights()
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.yaml").is_file():
-        raise InputError(f"{folder}: not a run folder, it has no config.yaml")
-
-
-def _load_weights(net: Any, saved: Checkpoint, folder: Path) -> None:
-    device = next(net.parameters()).device
-    load_weights(net, saved.outside("other_parameter"), folder)
-    other = {k: v.to(device) for k, v in saved.under("other_parameter").items()}
-    # what RecBole keeps beside the weights and is neither tensor nor number, its constructor made
-    net.load_other_parameter({**saved.about.get("other_parameter", {}), **other})
-    net.eval()
 
 
 _NOTED_LATER = ("order of the histories", "other columns", "categories")

@@ -81,7 +81,13 @@ class RunFolder:
 
     @classmethod
     def at(cls, path: str | Path) -> RunFolder:
-        """A folder that is there already."""
+        """A folder that is there already.
+
+        Raises:
+            InputError: If it is not that of a run.
+        """
+        if not Path(path, "config.yaml").is_file():
+            raise InputError(f"{path}: not a run folder, it has no config.yaml")
         folder = cls.__new__(cls)
         folder.path = Path(path).resolve()
         return folder

@@ -291,8 +291,6 @@ def load(
     """
     path = Path(folder)
     run = RunFolder.at(path)
-    if not (path / "config.yaml").is_file():
-        raise InputError(f"{path}: not a run folder, it has no config.yaml")
     if not run.has_weights:
         raise InputError(f"{path}: has no model.safetensors, its run saved no epoch; run it anew")
     config = _StoredConfig(run.read_config(), device)
@@ -309,9 +307,19 @@ def load(
     with compat.without_recboles_warnings():
         compat.set_numpy_names()
         net: Any = model_class(config, StoredItems(config, ids, kept))
-    load_weights(net, saved.outside("other_parameter"), path)
-    net.load_other_parameter({**saved.about["other_parameter"], **saved.under("other_parameter")})
-    return Recommender(net.to(config["device"]).eval(), config, items)
+    net = net.to(config["device"])
+    load_best(net, saved, path)
+    return Recommender(net, config, items)
+
+
+def load_best(net: Any, saved: Checkpoint, folder: Path) -> None:
+    """Give a model the best weights of its run, for evaluation."""
+    device = next(net.parameters()).device
+    load_weights(net, saved.outside("other_parameter"), folder)
+    other = {k: v.to(device) for k, v in saved.under("other_parameter").items()}
+    # what RecBole keeps beside the weights and is neither tensor nor number, its constructor made
+    net.load_other_parameter({**saved.about.get("other_parameter", {}), **other})
+    net.eval()
 
 
 class _StoredConfig(dict[str, Any]):
