@@ -1,12 +1,7 @@
 """Item images turned into a feature file, for ``recbole-mm extract``.
 
-======================  ===========================================================
-``pixels``              16 x 16 RGB, standardised, PCA (:func:`_pixels`)
-``clip:NAME[/WEIGHTS]`` image tower of a CLIP model, by open_clip (:func:`_clip`)
-``timm:NAME``           a vision model without its head, by timm (:func:`_timm`)
-======================  ===========================================================
-
-The name of an image without its suffix is the token of its item. Images are the work of strangers:
+The name of an image without its suffix is the token of its item, and what makes numbers of it
+stands in :mod:`recbole_mm.data.image_encoders`. Images are the work of strangers:
 one that cannot be read leaves its item without a row and is listed with its reason. Only the
 decoders of ``FORMATS`` are ever tried (Pillow's EPS starts Ghostscript), size and shape are judged
 before anything is decoded, and a link that leads out of the folder is not followed.
@@ -24,16 +19,14 @@ import re
 import shutil
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -41,7 +34,8 @@ from recbole_mm import checkpoint
 from recbole_mm.data.atomic import RECBOLES_FORMAT, AtomicFormat, read_atomic
 from recbole_mm.data.decomposition import decompose
 from recbole_mm.data.feature_files import save_features
-from recbole_mm.errors import EnvironmentFault, InputError, nearest, printable
+from recbole_mm.data.image_encoders import Encoder, encoder_of, reason_of
+from recbole_mm.errors import EnvironmentFault, InputError, printable
 from recbole_mm.files import write_text
 
 if TYPE_CHECKING:
@@ -54,7 +48,6 @@ _IMAGES_VERSION = 1  # raise it when a change here changes numbers: kept parts a
 _MIN_COVERAGE = 0.9  # the default of the key
 _PART = 256  # images that an interruption may cost
 _BATCH = 64
-_SIDE = 16  # of the thumbnail of `pixels`
 _PIXELS_WIDTH = 128
 
 _MOST_BYTES = 1 << 28
@@ -114,23 +107,6 @@ class Extraction:
         name = re.sub(r"\W+", "_", self.path.stem)
         quoted = json.dumps(str(path), ensure_ascii=False)  # YAML too, whatever stands in it
         return f"modalities:\n  {name}: {{path: {quoted}{low}}}"
-
-
-@dataclass(frozen=True)
-class _Encoder:
-    """What makes rows of images.
-
-    Attributes:
-        prepare: RGB image -> tensor, the same shape for every image.
-        encode: Tensors of a batch, stacked -> ``(b, F)`` on the CPU.
-        metadata: ``encoder``, ``revision`` and ``pooling`` of the feature file.
-        draft: Side that a JPEG may be scaled down to while it is decoded.
-    """
-
-    prepare: Callable[[Image.Image], Tensor]
-    encode: Callable[[Tensor], Tensor]
-    metadata: dict[str, str]
-    draft: int | None = None
 
 
 @dataclass(frozen=True)
@@ -223,7 +199,7 @@ def extract_images(
     if not 0 <= max_failed <= 1:
         raise InputError(f"max_failed: {max_failed}; set a share between 0 and 1")
     files, unknown = _images_of(folder, tokens)
-    chosen = _encoder(encoder, torch.device(device))
+    chosen = encoder_of(encoder, torch.device(device))
 
     parts = out.with_name(f".{out.name}.parts")
     try:
@@ -308,7 +284,7 @@ def _images_of(folder: Path, tokens: Sequence[str]) -> tuple[dict[str, Path], in
 def _parts(
     files: Sequence[Path],
     folder: Path,
-    encoder: _Encoder,
+    encoder: Encoder,
     kept_in: Path,
     max_failed: float,
     progress: bool,
@@ -360,7 +336,7 @@ def _kept(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _part_key(files: Sequence[Path], encoder: _Encoder) -> str:
+def _part_key(files: Sequence[Path], encoder: Encoder) -> str:
     """sha256 of what the rows of a part depend on; a file counts by name, size and time."""
     listing: list[Any] = [_IMAGES_VERSION, encoder.metadata]
     for path in files:
@@ -382,7 +358,7 @@ def _read_part(place: Path) -> _Part | None:
     return _Part(held.tensors.get("rows"), held.about["digests"], held.about["failed"])
 
 
-def _encoded(files: Sequence[Path], root: Path, encoder: _Encoder) -> _Part:
+def _encoded(files: Sequence[Path], root: Path, encoder: Encoder) -> _Part:
     rows: list[Tensor] = []
     batch: list[Tensor] = []
     digests: dict[str, str] = {}
@@ -394,7 +370,7 @@ def _encoded(files: Sequence[Path], root: Path, encoder: _Encoder) -> _Part:
                 warnings.simplefilter("ignore")  # Pillow's, on files of which it reads a part
                 batch.append(encoder.prepare(_rgb(content, encoder.draft)))
         except Exception as error:  # whatever a decoder makes of a stranger's bytes
-            failed[path.name] = _reason(error)
+            failed[path.name] = reason_of(error)
             continue
         digests[path.name] = hashlib.sha256(content).hexdigest()
         if len(batch) == _BATCH:
@@ -452,15 +428,6 @@ def _rgb(content: bytes, draft: int | None = None) -> Image.Image:
         return image.convert("RGB")
 
 
-def _reason(error: Exception) -> str:
-    said = (str(error).splitlines() or [""])[0][:200]
-    if isinstance(error, OSError) and error.strerror:
-        said = error.strerror
-    if "UnidentifiedImage" in type(error).__name__:  # its text names an address in memory
-        said = "no image that can be read here"
-    return printable(said or type(error).__name__)
-
-
 def _encodable(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")  # a file name may be any bytes
 
@@ -499,148 +466,3 @@ def _reduced(
                 f"images: all that can be read in {folder} look the same, which tells nothing"
             )
     return decompose(rows, dim or _PIXELS_WIDTH, "image")
-
-
-# -- the encoders -----------------------------------------------------------------------------
-
-
-def _encoder(text: str, device: torch.device) -> _Encoder:
-    kind, _, name = text.partition(":")
-    known = ("pixels", "clip:NAME", "timm:NAME")
-    if kind not in ("pixels", "clip", "timm") or (kind == "pixels") != (text == "pixels"):
-        raise InputError(
-            f"encoder: {text!r} is unknown; set one of {', '.join(known)}{nearest(text, known)}"
-        )
-    with _installed("Pillow", "images"):
-        import PIL.Image  # noqa: F401
-    if kind == "pixels":
-        return _pixels()
-    if not name:
-        raise InputError(f"encoder: {text!r} names no model; write {kind}:NAME")
-    if kind == "timm":
-        return _timm(name, device)
-    name, _, weights = name.partition("/")
-    return _clip(name, _clip_weights(name, weights), device)
-
-
-@contextlib.contextmanager
-def _installed(package: str, extra: str) -> Iterator[None]:
-    """Name the mend if an import fails."""
-    try:
-        yield
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"this encoder needs {package}, which cannot be imported ({error}); run "
-            f"`pip install 'recbole-mm[{extra}]'`"
-        ) from error
-    except (OSError, RuntimeError) as error:  # what torchvision says beside another torch
-        raise EnvironmentFault(
-            f"{package} cannot be imported ({error}); install the torchvision that was built for "
-            "this torch, from the same index"
-        ) from error
-
-
-@contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """The weights are fetched by the library that holds the model, which fails in many ways."""
-    try:
-        yield
-    except Exception as error:
-        raise EnvironmentFault(
-            f"encoder: the weights of {name} cannot be loaded ({_reason(error)}); check the "
-            "network, or take --encoder pixels"
-        ) from error
-
-
-def _pixels() -> _Encoder:
-    """The picture at 16 x 16 points in RGB; the rest is done over all of them, by PCA.
-
-    Weak features: they tell colour and layout, and nothing of what is shown.
-    """
-    from PIL import Image
-
-    def prepare(image: Image.Image) -> Tensor:
-        small = image.resize((_SIDE, _SIDE), Image.Resampling.BOX)
-        return torch.from_numpy(np.asarray(small).reshape(-1).copy())  # (3 * 16 * 16,) uint8
-
-    name = f"pixels {_SIDE}x{_SIDE} RGB, PCA (weak: colour and layout, not content)"
-    metadata = {"encoder": name, "revision": f"pillow {version('pillow')}", "pooling": "none"}
-    return _Encoder(prepare, lambda batch: batch, metadata, draft=4 * _SIDE)
-
-
-def _clip_weights(name: str, weights: str) -> str:
-    """The weights asked for; those of OpenAI where none are named."""
-    with _installed("open_clip", "clip"):
-        import open_clip
-    models = open_clip.list_models()
-    if name not in models:
-        raise InputError(f"encoder: open_clip has no model {name!r}{nearest(name, models)}")
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    weights = weights or "openai"
-    if weights not in tags and not Path(weights).is_file():
-        raise InputError(
-            f"encoder: open_clip has no weights {weights!r} of {name}; write clip:{name}/WEIGHTS "
-            f"with one of {', '.join(tags) or 'your own files'}"
-        )
-    return weights
-
-
-def _clip(name: str, weights: str | None, device: torch.device) -> _Encoder:
-    """The image tower; rows are those that CLIP compares with texts, of length 1.
-
-    Args:
-        name: A model of open_clip.
-        weights: Its tag for them, or a file; ``None`` for random numbers, in tests.
-        device: Where it computes.
-    """
-    with _installed("open_clip", "clip"):
-        import open_clip
-    with _loading(f"{name}/{weights}"):
-        model, _, prepare = open_clip.create_model_and_transforms(
-            name, pretrained=weights, device=device
-        )
-    model.eval()
-
-    def encode(batch: Tensor) -> Tensor:
-        with torch.inference_mode():
-            rows = model.encode_image(batch.to(device), normalize=True)
-        return rows.float().cpu().clone()
-
-    metadata = {
-        "encoder": f"CLIP {name}",
-        "revision": f"{weights} (open_clip {version('open_clip_torch')})",
-        "pooling": "the model's own",
-    }
-    return _Encoder(prepare, encode, metadata)
-
-
-def _timm(name: str, device: torch.device, *, pretrained: bool = True) -> _Encoder:
-    """A model without its classifier; rows are its pooled features, at length 1.
-
-    Args:
-        name: A model of timm, with or without the tag of its weights.
-        device: Where it computes.
-        pretrained: False for random numbers, in tests.
-    """
-    with _installed("timm", "timm"):
-        import timm
-    if not timm.is_model(name):
-        raise InputError(f"encoder: timm has no model {name!r}{nearest(name, timm.list_models())}")
-    with _loading(name):
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    model = model.eval().to(device)
-    settings = timm.data.resolve_model_data_config(model)
-    prepare = timm.data.create_transform(**settings, is_training=False)
-
-    def encode(batch: Tensor) -> Tensor:
-        with torch.inference_mode():
-            rows = model(batch.to(device))
-        return F.normalize(rows.float().flatten(1), dim=1).cpu().clone()
-
-    tag = (model.pretrained_cfg or {}).get("tag") or "untagged"
-    metadata = {
-        "encoder": f"timm {name}",
-        "revision": f"{tag if pretrained else 'random'} (timm {version('timm')})",
-        "pooling": "the model's own",
-    }
-    return _Encoder(prepare, encode, metadata)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from recbole_mm.data import images
+from recbole_mm.data import image_encoders, images
 from recbole_mm.data.feature_files import read_features
 from recbole_mm.data.images import extract_images, item_tokens
 from recbole_mm.errors import EnvironmentFault, InputError
@@ -109,7 +109,7 @@ def test_a_photograph_is_turned_upright():
 def test_what_is_no_picture_is_refused(content, reason):
     with pytest.raises((ValueError, OSError)) as error:
         images._rgb(content)
-    assert reason in images._reason(error.value)
+    assert reason in image_encoders.reason_of(error.value)
 
 
 # ---------------------------------------------------------------------- the folder
@@ -318,15 +318,15 @@ def test_timm_gives_a_row_for_each_image(folder, monkeypatch, batch):
     importable("timm")
     monkeypatch.setattr(images, "_BATCH", batch)
     picture(0).save(folder / "l.png")
-    encoder = images._timm("test_vit", torch.device("cpu"), pretrained=False)
+    encoder = image_encoders._timm("test_vit", torch.device("cpu"), pretrained=False)
     assert similar_to_the_last(encoder, folder).argmax() == 0
     assert "random" in encoder.metadata["revision"]
 
 
 def test_timm_through_the_whole_command(folder, monkeypatch):
     importable("timm")
-    random = images._timm("test_vit", torch.device("cpu"), pretrained=False)
-    monkeypatch.setattr(images, "_timm", lambda *_: random)
+    random = image_encoders._timm("test_vit", torch.device("cpu"), pretrained=False)
+    monkeypatch.setattr(image_encoders, "_timm", lambda *_: random)
     assert extract(folder, encoder="timm:test_vit", dim=None).width == 64
     assert extract(folder, encoder="timm:test_vit", dim=3).width == 3
 
@@ -334,7 +334,7 @@ def test_timm_through_the_whole_command(folder, monkeypatch):
 def test_clip_gives_a_row_for_each_image(folder):
     importable("open_clip")
     picture(0).save(folder / "l.png")
-    encoder = images._clip("ViT-S-32-alt", None, torch.device("cpu"))
+    encoder = image_encoders._clip("ViT-S-32-alt", None, torch.device("cpu"))
     assert similar_to_the_last(encoder, folder).argmax() == 0
 
 
@@ -367,6 +367,6 @@ def test_a_missing_extra_is_named(folder, monkeypatch, missing, encoder, extra):
 def test_a_torchvision_of_another_torch_is_named():
     with (
         pytest.raises(EnvironmentFault, match="torchvision that was built for this torch"),
-        images._installed("timm", "timm"),
+        image_encoders._installed("timm", "timm"),
     ):
         raise RuntimeError("operator torchvision::nms does not exist")
