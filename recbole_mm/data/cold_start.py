@@ -39,11 +39,9 @@ def newest_items(
         ``(N,)``; padding is False.
 
     Raises:
-        InputError: If ``percent`` is out of range, or the times are positions in each user's
-            history, which do not say which item is newer.
+        InputError: If the times are positions in each user's history, which do not say which item
+            is newer.
     """
-    if not 0 < percent < 100:
-        raise InputError(f"cold_items must be a percentage above 0 and below 100, got {percent!r}")
     frame = pd.DataFrame({"user": users, "item": items, "time": times})
     of_user = frame.sort_values(["user", "time"], kind="stable").groupby("user")["time"]
     if _are_positions(times, of_user):

@@ -27,12 +27,6 @@ def test_the_newest_items_by_hand():
     assert cold(60) == [3, 4, 5]
 
 
-@pytest.mark.parametrize("percent", [0, 100, -5])
-def test_percentages_are_between_0_and_100(percent):
-    with pytest.raises(InputError, match="cold_items must be a percentage"):
-        cold(percent)
-
-
 @pytest.mark.parametrize(
     "times", [[1, 2, 3, 1, 2, 3], [0, 1, 2, 0, 1, 2], [1, 2, 4, 1, 3, 4], [2, 3, 4, 1, 2, 3]]
 )
