@@ -7,6 +7,7 @@ from torch.testing import assert_close
 
 from recbole_mm.layers.experts import AttentiveGate, GatedExperts, LinearGate
 from recbole_mm.ops.packing import Packing
+from tests.experts import double, gradients, vectors
 from tests.reference import cammsr as reference
 
 M, D, E, K, H = 3, 4, 2, 5, 6
@@ -20,21 +21,6 @@ T = int(LENGTH.sum())
 PRESENT = torch.ones(T, M, dtype=torch.bool)
 PRESENT[0, 1] = PRESENT[2, 2] = PRESENT[7, 1] = False
 PRESENT[4, 1] = False  # the only position of its row: no key is left
-
-
-def double(module):
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.7)
-    return module.double()
-
-
-def vectors(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def gradients(output, inputs):
-    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    return torch.autograd.grad((weight * output).sum(), inputs)
 
 
 @pytest.mark.parametrize("causal", [False, True])

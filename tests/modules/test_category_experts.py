@@ -3,11 +3,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 from torch.testing import assert_close
 
 from recbole_mm.modules.category_experts import CategoryGuidance, CategoryGuidedExperts
 from recbole_mm.ops.packing import Packing
+from tests.experts import double, gradients, vectors
 from tests.reference import cammsr as reference
 
 M, D, E, C = 3, 4, 2, 5
@@ -26,21 +26,6 @@ every_guidance = pytest.mark.parametrize(
     ("sign", "reduction", "pool"),
     list(itertools.product((1, -1), ("sum", "mean"), ("multihot", "max"))),
 )
-
-
-def double(module):
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.7)
-    return module.double()
-
-
-def vectors(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
-
-
-def gradients(output, inputs):
-    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)
-    return torch.autograd.grad((weight * output).sum(), inputs, retain_graph=True)
 
 
 def stack(rows):
