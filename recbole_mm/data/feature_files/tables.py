@@ -96,44 +96,14 @@ def read_parquet(path: Path, id_col: str | None, column: str | None) -> FeatureF
         ) from error
 
     with reading(path, "parquet"), pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        kept = [i for i, name in enumerate(schema.names) if name == id_col or not _is_index(name)]
-        if not kept:
-            raise InputError(f"{path}: no column but row numbers; write ids and vectors")
-        names, types = [schema.names[i] for i in kept], [schema.types[i] for i in kept]
-        id_name = names[column_position(path, names, id_col)]
-        list_types = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-        is_list = {
-            name: any(is_(kind) for is_ in list_types)
-            for name, kind in zip(names, types, strict=True)
-        }
-        lists = [name for name in names if is_list[name] and name != id_name]
-        if column is not None:
-            chosen = [names[column_position(path, names, column, "column")]]
-        elif len(lists) > 1:
-            raise InputError(f"{path}: several columns of lists, {lists}; set `column` to one")
-        else:
-            chosen = lists or [name for name in names if name != id_name]
-        if not chosen:
-            raise InputError(f"{path}: only the column {id_name!r}; there are no numbers")
-        kinds: list[Any] = []
-        for name in chosen:
-            kind = schema.field(name).type
-            kind = kind.value_type if is_list[name] else kind
-            if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-                raise InputError(
-                    f"{path}: column {name!r} holds {kind}, not numbers; set `column` to the "
-                    "column of the vectors"
-                )
-            kinds.append(kind)
+        id_name, chosen, kinds, is_list = _parquet_columns(path, file.schema_arrow, id_col, column)
         is_half = all(pa.types.is_float16(kind) for kind in kinds)
-
         tokens: list[str] = []
         values: np.ndarray[Any, Any] | None = None
         done, row = 0, 0
         for batch in file.iter_batches(columns=[id_name, *chosen]):
             ids = batch.column(id_name)
-            if is_list[chosen[0]]:
+            if is_list:
                 lengths = pc.list_value_length(batch.column(chosen[0]))
                 kept = pc.fill_null(pc.greater(lengths, 0), False)
                 ids, vectors = ids.filter(kept), batch.column(chosen[0]).filter(kept)
@@ -166,6 +136,42 @@ def read_parquet(path: Path, id_col: str | None, column: str | None) -> FeatureF
         raise InputError(f"{path}: no vector inside; give a file with at least one row")
     dtype = ", ".join(dict.fromkeys(map(str, kinds)))
     return FeatureFile(as_matrix(values[:done], path), dtype, tokens)
+
+
+def _parquet_columns(
+    path: Path, schema: Any, id_col: str | None, column: str | None
+) -> tuple[str, list[str], list[Any], bool]:
+    """The column of the ids, those of the numbers, their types, and whether it is one of lists."""
+    from pyarrow import types
+
+    kept = [i for i, name in enumerate(schema.names) if name == id_col or not _is_index(name)]
+    if not kept:
+        raise InputError(f"{path}: no column but row numbers; write ids and vectors")
+    names = [schema.names[i] for i in kept]
+    kind_of = {name: schema.types[i] for name, i in zip(names, kept, strict=True)}
+    id_name = names[column_position(path, names, id_col)]
+    list_types = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    is_list = {name: any(is_(kind) for is_ in list_types) for name, kind in kind_of.items()}
+    lists = [name for name in names if is_list[name] and name != id_name]
+    if column is not None:
+        chosen = [names[column_position(path, names, column, "column")]]
+    elif len(lists) > 1:
+        raise InputError(f"{path}: several columns of lists, {lists}; set `column` to one")
+    else:
+        chosen = lists or [name for name in names if name != id_name]
+    if not chosen:
+        raise InputError(f"{path}: only the column {id_name!r}; there are no numbers")
+    kinds: list[Any] = []
+    for name in chosen:
+        kind = schema.field(name).type
+        kind = kind.value_type if is_list[name] else kind
+        if not (types.is_integer(kind) or types.is_floating(kind)):
+            raise InputError(
+                f"{path}: column {name!r} holds {kind}, not numbers; set `column` to the "
+                "column of the vectors"
+            )
+        kinds.append(kind)
+    return id_name, chosen, kinds, is_list[chosen[0]]
 
 
 class _TextRows:
