@@ -144,23 +144,8 @@ class MUFASA(MultimodalSequentialRecommender):
             if names and any(weights.values())
             else None
         )
-        pretrained = self.fusion_losses is not None and config["mfl_pretrain_epochs"] > 0
-        if config["freeze_mfl"] and names and not pretrained:
-            raise ValueError(
-                "freeze_mfl: True keeps the fusion layer as pre-training left it, and there is no "
-                "pre-training; set mfl_pretrain_epochs and a loss weight above 0, or freeze_mfl: "
-                "False"
-            )
-        if (
-            config["freeze_mfl"]
-            and weights["collaborative_weight"] > 0
-            and self.collaborative_target == "cooccurrence"
-        ):
-            raise ValueError(
-                "freeze_mfl: True with collaborative_target: cooccurrence: pre-training sees no "
-                "history and nothing would train that loss; use collaborative_target: id, or "
-                "collaborative_weight: 0"
-            )
+        if config["freeze_mfl"]:
+            self._check_frozen(config)
         # beside the next item; terms of weight 0 are not computed, nor what trains nothing more
         self.joint_terms = tuple(
             term
@@ -208,6 +193,21 @@ class MUFASA(MultimodalSequentialRecommender):
             if self.use_id or not names
             else nn.Parameter(torch.randn(hidden_size) * self.initializer_range)
         )
+
+    def _check_frozen(self, config: Config) -> None:
+        pretrained = self.fusion_losses is not None and config["mfl_pretrain_epochs"] > 0
+        if self.features.names and not pretrained:
+            raise ValueError(
+                "freeze_mfl: True keeps the fusion layer as pre-training left it, and there is no "
+                "pre-training; set mfl_pretrain_epochs and a loss weight above 0, or freeze_mfl: "
+                "False"
+            )
+        if config["collaborative_weight"] > 0 and self.collaborative_target == "cooccurrence":
+            raise ValueError(
+                "freeze_mfl: True with collaborative_target: cooccurrence: pre-training sees no "
+                "history and nothing would train that loss; use collaborative_target: id, or "
+                "collaborative_weight: 0"
+            )
 
     # ------------------------------------------------------------------ items
 
