@@ -93,13 +93,10 @@ def weight_of(count: Tensor | int, device: torch.device) -> float:
         count: How many terms its mean has.
         device: Where the process group may compute.
     """
-    n = n_processes()
-    if n == 1:
-        return 1.0
     total = torch.as_tensor(count, dtype=torch.float64, device=device).clone()
     mine = total.item()
     dist.all_reduce(total)
-    return n * mine / max(total.item(), 1.0)
+    return n_processes() * mine / max(total.item(), 1.0)
 
 
 # ------------------------------------------------------------------------- what they exchange

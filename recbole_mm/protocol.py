@@ -125,12 +125,11 @@ def describe(config: Config, parts: tuple[Dataset, Dataset, Dataset]) -> Protoco
     users, items = train.field2id_token[uid], train.field2id_token[iid]
 
     def pairs(part: Dataset) -> tuple[str, int]:
-        matrix = part.inter_matrix(form="coo") if part is train else None
-        if matrix is not None:
+        if part is train:
+            matrix = part.inter_matrix(form="coo")
             user_ids, item_ids = matrix.row, matrix.col
         else:
-            user_ids = part.inter_feat[uid].numpy()
-            item_ids = part.inter_feat[iid].numpy()
+            user_ids, item_ids = (part.inter_feat[field].numpy() for field in (uid, iid))
         tokens = sorted(f"{users[u]}\t{items[i]}" for u, i in zip(user_ids, item_ids, strict=True))
         return fingerprint(tokens)[:12], len(set(user_ids.tolist()))
 
