@@ -18,6 +18,7 @@ from recbole.config import Config as RecBoleConfig
 from recbole.utils import ModelType, argument_list
 
 from recbole_mm import compat, config_rules, distributed
+from recbole_mm.data.derive import text_method
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError, nearest
@@ -306,7 +307,8 @@ class Config(RecBoleConfig):
             final["data_path"] = str(DATASETS)
         for key in ("checkpoint_dir", "data_path"):  # in a YAML file no shell reads the ~
             if isinstance(final[key], str):
-                final[key] = os.path.expanduser(final[key])
+                # where nobody has that name pathlib raises
+                final[key] = os.path.expanduser(final[key])  # noqa: PTH111
         metrics = final["metrics"]
         final["metrics"] = [metrics] if isinstance(metrics, str) else list(metrics)
         config_rules.check_values(final, model=self.model_class)
@@ -473,23 +475,29 @@ def reads_columns(model: str) -> bool:
 
 
 def digest_of_data(config: Config) -> str:
-    """Hash of the contents of the atomic files and, for a model that reads them, of features."""
+    """Hash of the contents of the atomic files and, for a model that reads them, of features.
+
+    Of derived text the encoder counts, which ``method: auto`` leaves to what is installed.
+    """
     folder, dataset = Path(config["data_path"]), config["dataset"]
     suffixes = {*config_rules.ATOMIC_FILES, *(config["additional_feat_suffix"] or ())}
     suffixes |= {f"{part}.inter" for part in config["benchmark_filename"] or ()}
     named = (folder / f"{dataset}.{suffix}" for suffix in suffixes)
     files = {path for path in named if path.is_file()}
+    encoders = set()
     for declared in config["modalities"].values() if reads_features(config) else ():
         names = [str(declared[key]) for key in ("path", "ids") if key in declared]
         paths = [folder / name.replace("{dataset}", dataset) for name in names]
         files |= {path for path in paths if path.exists()}  # the run says what is missing
+        if declared.get("derive") == "text" and declared.get("method", "auto") == "auto":
+            encoders.add(f"text by {text_method('auto')}")
     try:
         lines = sorted(f"{path.name} {sha256_of(path)}" for path in files)
     except OSError as error:
         raise EnvironmentFault(
             f"cannot read {error.filename}: {error.strerror}; check the file's permissions"
         ) from error
-    text = "\n".join(lines).encode(errors="surrogateescape")
+    text = "\n".join((*lines, *encoders)).encode(errors="surrogateescape")
     return hashlib.sha256(text).hexdigest()[:12]
 
 

@@ -12,7 +12,15 @@ from recbole.utils import ModelType
 from torch import nn
 
 import recbole_mm
-from recbole_mm.config import DATASETS, PROPERTIES, Config, parse_value, reusable
+from recbole_mm.config import (
+    DATASETS,
+    PROPERTIES,
+    Config,
+    digest_of_data,
+    parse_value,
+    reusable,
+)
+from recbole_mm.data import derive
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.models.mufasa import MUFASA
@@ -69,6 +77,22 @@ def test_data_path_holds_for_the_data_set_that_recbole_brings_too(tmp_path):
     assert "dataset_example" in recboles["data_path"]
     assert "data_path" not in reusable(recboles.resolved())  # another machine has its own copy
     assert reusable(mine.resolved())["data_path"] == str(tmp_path)
+
+
+def test_the_digest_of_the_data_knows_which_encoder_auto_is(monkeypatch):
+    def digests(model, method):
+        text = {"text": {"derive": "text", "fields": ["movie_title"], "method": method}}
+        made = config(model, "ml-100k", values={"modalities": text})
+        found = []
+        for installed in (None, "folder"):
+            monkeypatch.setattr(derive, "_minilm_folder", lambda installed=installed: installed)
+            found.append(digest_of_data(made))
+        return found
+
+    of_auto = digests("MUFASA", "auto")
+    of_tfidf = digests("MUFASA", "tfidf")
+    assert of_auto[0] != of_auto[1]
+    assert of_tfidf[0] == of_tfidf[1]
 
 
 def test_paths_may_begin_at_home(tmp_path, monkeypatch):

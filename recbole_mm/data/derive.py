@@ -269,7 +269,7 @@ def _checked(declaration: Mapping[str, Any]) -> dict[str, Any]:
             or not all(isinstance(f, str) for f in fields)
         ):
             raise InputError(f"fields: {fields!r}; list columns of .item, as in fields: [title]")
-        options["method"] = _method(options["method"])
+        options["method"] = text_method(options["method"])
     if kind == "categories" and not isinstance(options["field"], str):
         raise InputError(
             f"field: {options['field']!r}; set the column of .item that holds the categories"
@@ -277,7 +277,13 @@ def _checked(declaration: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _method(method: object) -> str:
+def text_method(method: object) -> str:
+    """The encoder that a declaration of ``derive: text`` asks for; ``auto`` is what is installed.
+
+    Raises:
+        InputError: If there is none of that name.
+        EnvironmentFault: If it is not installed.
+    """
     if method == "auto":
         return "minilm" if _minilm_folder() else "tfidf"
     if method == "minilm" and not _minilm_folder():
