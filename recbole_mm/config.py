@@ -342,6 +342,8 @@ class Config(RecBoleConfig):
             final["load_col"] = {**final["load_col"], "item": [final["ITEM_ID_FIELD"], *columns]}
         given = final["data_path"]
         super()._set_default_parameters()
+        # RecBole's data_preparation unpickles loaders of an earlier run that it finds
+        final["dataloaders_save_path"] = f"{os.devnull}/none"
         if "data_path" in self.external_config_dict:
             # RecBole reads its own copy of ml-100k, wherever data_path points
             final["data_path"] = str(Path(given) / self.dataset)
@@ -406,7 +408,11 @@ class Config(RecBoleConfig):
         # it must be found from another working directory too, and under the name of the data set,
         # be that a link to a folder of another name
         folder = Path(values["data_path"])
-        return {**values, "data_path": str(folder.parent.resolve() / folder.name)}
+        return {
+            **values,
+            "data_path": str(folder.parent.resolve() / folder.name),
+            "dataloaders_save_path": None,
+        }
 
     @classmethod
     def reopened(

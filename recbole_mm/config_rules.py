@@ -168,6 +168,9 @@ def check_values(config: Mapping[str, Any], *, model: type) -> None:
                 f"{option}: True writes a pickle that ignores the contents of its sources; "
                 f"remove {option}"
             )
+    for option in ("dataset_save_path", "dataloaders_save_path"):
+        if config.get(option):
+            raise InputError(f"{option} names a pickle, and none is read here; remove {option}")
 
 
 # whole numbers from 1 on that a model is built with

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from recbole.data.utils import load_split_dataloaders
 
 import recbole_mm
-from recbole_mm.config import DATASETS
+from recbole_mm.config import DATASETS, Config
 from recbole_mm.data.dataset import MultimodalDataset
 from recbole_mm.errors import EnvironmentFault, InputError, NumericalError, OutOfMemory
 from recbole_mm.evaluation import per_user
@@ -331,3 +332,12 @@ def test_another_fault_of_a_model_keeps_its_traceback(monkeypatch):
 
 def test_every_model_of_the_list_is_there():
     assert [name for name in model_names() if not isinstance(get_model(name), type)] == []
+
+
+def test_pickled_loaders_of_an_earlier_run_of_recbole_are_not_opened(tmp_path):
+    (tmp_path / "tiny-for-Pop-dataloader.pth").write_bytes(b"no pickle")
+    values = {"epochs": 1, "show_progress": False, "checkpoint_dir": str(tmp_path)}
+    config = Config("Pop", "tiny", None, values)
+    assert load_split_dataloaders(config) is None
+    assert config.resolved()["dataloaders_save_path"] is None
+    assert recbole_mm.run("Pop", "tiny", config_dict=values, saved=False)["test_result"]
