@@ -256,7 +256,8 @@ class Config(RecBoleConfig):
 
     def _get_final_config_dict(self) -> dict[str, Any]:
         final = dict(self.internal_config_dict)
-        known = set(final) | _recbole_keys()
+        transforms = (values.get("transform") for values in (final, self.external_config_dict))
+        known = set(final) | _recbole_keys() | config_rules.unwritten(self.model, transforms)
         declared: dict[str, Any] = dict(final.get("modalities") or {})
         chosen: Any = None
         for source, values in (
@@ -338,7 +339,7 @@ class Config(RecBoleConfig):
                 f"selected_features: {self.model} reads columns of .item, name one at least; "
                 f"got {columns!r}"
             )
-        if columns and "item" not in final["load_col"]:
+        if columns and final["load_col"] is not None and "item" not in final["load_col"]:
             final["load_col"] = {**final["load_col"], "item": [final["ITEM_ID_FIELD"], *columns]}
         given = final["data_path"]
         super()._set_default_parameters()

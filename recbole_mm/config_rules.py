@@ -26,9 +26,27 @@ RECBOLE_UNWRITTEN = frozenset(
         *("numerical_features", "selected_features", "reg_weight", "token_num", "feature_num"),
         *("train_rec_step", "ui_embedding_size", "xgb_early_stopping_rounds", "config_files"),
         *("model", "dataset", "device", "single_spec", "MODEL_TYPE", "MODEL_INPUT_TYPE"),
-        "eval_type",
+        *("eval_type", "tail_ratio"),
     }
 )
+
+# likewise, read for one model
+_UNWRITTEN_OF = {
+    "FEARec": ("contrast", "sim", "tau", "use_filter"),
+    "AutoInt": ("has_residual",),
+    "DiffRec": ("norm",),
+    "LDiffRec": ("norm",),
+    "KD_DAGFM": ("cin",),
+}
+
+# what each transform of RecBole's batches reads, and fails without
+_OF_TRANSFORM = {
+    "crop_itemseq": ("eta",),
+    "reorder_itemseq": ("beta",),
+    "mask_itemseq": ("mask_ratio",),
+    "inverse_itemseq": (),
+    "user_defined": (),
+}
 
 # what RecBole's `run` writes into the configuration of each process
 _OF_PROCESSES = frozenset({"nproc", "local_rank", "world_size", "ip", "port", "offset"})
@@ -57,6 +75,12 @@ _FLEXIBLE: dict[str, tuple[type, ...]] = {
 }
 
 _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
+
+
+def unwritten(model: str, transforms: Iterable[Any]) -> set[str]:
+    """Keys that RecBole reads for a model, or for a transform, and writes in no file for it."""
+    named = [_OF_TRANSFORM.get(str(transform), ()) for transform in transforms]
+    return {key for keys in (_UNWRITTEN_OF.get(model, ()), *named) for key in keys}
 
 
 def check_known(key: str, source: str, known: Iterable[str]) -> None:
@@ -234,6 +258,13 @@ ATOMIC_FILES = ("inter", "user", "item", "kg", "link", "net", "ent", "rel")  # o
 
 
 def _check_data(config: Mapping[str, Any]) -> None:
+    if config.get("transform") is not None:
+        one_of(config, "transform", _OF_TRANSFORM)
+        for key in _OF_TRANSFORM[config["transform"]]:
+            if not _is_number(config.get(key)):
+                raise InputError(
+                    f"transform: {config['transform']} needs a number {key}, got {config.get(key)!r}"
+                )
     for key in ("load_col", "unload_col"):
         _check_names(
             key,
@@ -409,8 +440,6 @@ def _check_ours(config: Mapping[str, Any], model: Any) -> None:
             f"train_neg_sample_args: {name} would take the drawn items for targets; leave it out"
             + (", and set n_negatives for a loss on sampled negatives" if samples else "")
         )
-    if str(config["learner"]).lower() == "sparse_adam":
-        raise InputError(f"learner: sparse_adam needs sparse gradients, which {name} does not have")
     if config.get("n_negatives") and not samples:
         raise InputError(
             f"n_negatives: {name} has no loss on sampled negatives; leave it out, or give it to "
@@ -438,8 +467,17 @@ def _check_training(config: Mapping[str, Any], model: type) -> None:
     negatives = config.get("train_neg_sample_args") or {}
     if negatives.get("distribution", "uniform") != "none" and negatives.get("sample_num", 1) < 1:
         raise InputError(f"train_neg_sample_args: sample_num must be at least 1, got {negatives!r}")
+    if negatives.get("dynamic") and not negatives.get("candidate_num", 0) >= 1:
+        raise InputError(
+            "train_neg_sample_args: dynamic: True takes the best of candidate_num drawn items, "
+            f"which must be at least 1, got {negatives.get('candidate_num', 0)!r}"
+        )
     one_of(config, "hidden_act", ACTIVATIONS)
     one_of(config, "loss_type", ("CE", "BPR", "BCE", "MSE"))  # all that RecBole's models have
+    known = hasattr(model, "offered_objectives") or model.__module__.startswith("recbole.model.")
+    if learner.lower() == "sparse_adam" and known:
+        name = model.__name__
+        raise InputError(f"learner: sparse_adam needs sparse gradients, which {name} does not have")
     _check_ours(config, model)
     heads = config.get("n_heads")
     for width in ("hidden_size", "embedding_size"):

@@ -508,6 +508,11 @@ def _check_columns(config: Config, dataset: Any) -> None:
     """RecBole's models for columns of ``.item`` fail at one of numbers that is not embedded."""
     columns = config["selected_features"] if reads_columns(config["model"]) else ()
     for field in columns:
+        if field not in dataset.field2type:
+            raise InputError(
+                f"selected_features: {field} is not loaded; add it to load_col.item, or leave "
+                "load_col.item out"
+            )
         kind = dataset.field2type[field].value
         if "float" in kind and field not in (config["numerical_features"] or ()):
             raise InputError(

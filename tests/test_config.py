@@ -257,6 +257,11 @@ def test_bad_values_are_refused_before_any_data_is_read(key, value, match):
         ("--LIST_SUFFIX=", "LIST_SUFFIX must name"),
         ("--feature_cache_dir=2026", "feature_cache_dir must be of type str or None, got 2026"),
         ("--encoding=5", "encoding must be of type str or None, got 5"),
+        ("--learner=sparse_adam", "sparse gradients, which BPR does not have"),
+        ("--train_neg_sample_args={dynamic: True}", "candidate_num.*must be at least 1, got 0"),
+        ("--transform=crop", "transform: 'crop' is unknown"),
+        ("--transform=crop_itemseq", "crop_itemseq needs a number eta, got None"),
+        ("--eta=0.5", "unknown key 'eta'"),
     ],
 )
 def test_what_recbole_would_trip_over_is_refused(line, match):
@@ -610,3 +615,26 @@ def test_a_loss_that_no_model_of_recbole_has_is_refused():
     refused(
         "loss_type: 'XX' is unknown; use one of CE, BPR", model="SASRec", line=["--loss_type=XX"]
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "values"),
+    [
+        ("BPR", {"tail_ratio": 0.2}),
+        ("FEARec", {"contrast": "us_x", "sim": "dot", "tau": 1.0}),
+        ("AutoInt", {"has_residual": True}),
+        ("DiffRec", {"norm": True}),
+        ("SASRec", {"transform": "crop_itemseq", "eta": 0.5}),
+        ("SASRec", {"transform": "reorder_itemseq", "beta": 0.5}),
+        ("SASRec", {"transform": "mask_itemseq", "mask_ratio": 0.5}),
+    ],
+    ids=str,
+)
+def test_keys_that_recbole_reads_and_writes_nowhere_are_kept(model, values):
+    config = Config(model, "tiny", None, values)
+    assert {key: config[key] for key in values} == values
+
+
+def test_columns_can_be_selected_where_all_are_loaded():
+    values = {"load_col": None, "selected_features": ["categories"]}
+    assert Config("SASRecF", "tiny", None, values)["load_col"] is None

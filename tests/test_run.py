@@ -89,6 +89,12 @@ def test_a_column_of_numbers_is_refused_where_a_model_would_fail_at_it(tmp_path)
     assert run("SASRecF", **values, numerical_features=["price"])["epochs"] > 0
 
 
+def test_a_selected_column_that_load_col_leaves_out_is_named():
+    columns = {"inter": ["user_id", "item_id", "timestamp"], "item": ["item_id", "title"]}
+    with pytest.raises(InputError, match="selected_features: categories is not loaded"):
+        run("SASRecF", selected_features=["categories"], load_col=columns)
+
+
 def test_the_model_of_the_readme_runs_with_both_objectives():
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (code,) = (
