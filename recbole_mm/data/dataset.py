@@ -127,6 +127,17 @@ class MultimodalDataset(Dataset):
                 f"data set {token!r}: looked in {folder} for {', '.join(missing)}; {found}; "
                 "set data_path to the folder above that of the data set"
             )
+        columns = self.config["load_col"]
+        if isinstance(self, KnowledgeBasedDataset) and columns is not None:
+            names = {
+                "kg": ("HEAD_ENTITY_ID_FIELD", "RELATION_ID_FIELD", "TAIL_ENTITY_ID_FIELD"),
+                "link": ("ITEM_ID_FIELD", "ENTITY_ID_FIELD"),
+            }
+            for end in (end for end in names if not columns.get(end)):
+                fields = ", ".join(str(self.config[key]) for key in names[end])
+                raise InputError(
+                    f"load_col: {self.config['model']} reads .{end} too; add {end}: [{fields}]"
+                )
         super()._load_data(token, dataset_path)
 
     def _required_columns(self, source: FeatureSource | str) -> dict[str, str | None]:
@@ -404,6 +415,7 @@ class MultimodalDataset(Dataset):
     def _remap_ID_all(self) -> None:  # noqa: N802  (RecBole's name)
         if self.benchmark_filename_list is not None:
             self._refuse_empty_ids()
+            self._check_length()
             self._keep_known_ids()  # such data are not filtered
         if self.item_feat is not None:
             known = self.inter_feat[self.iid_field].nunique()
@@ -416,6 +428,16 @@ class MultimodalDataset(Dataset):
         self.report = self._count()
         if self.time_field in self.inter_feat:
             self.inter_feat[self.time_field] = self.inter_feat[self.time_field].astype(np.float64)
+
+    def _check_length(self) -> None:
+        """Positions are numbered up to the longest list that the configuration speaks of."""
+        field, most = self._list_field, self.config["MAX_ITEM_LIST_LENGTH"]
+        longest = self.field2seqlen.get(field, 0)
+        if isinstance(self, SequentialDataset) and longest > most:
+            raise InputError(
+                f"MAX_ITEM_LIST_LENGTH is {most}, but {field} in the files has up to {longest} "
+                f"items: set it to {longest}, or keep the last {most} of each list in the files"
+            )
 
     def _refuse_empty_ids(self) -> None:
         """In files that come split no row can be left out, and an empty id would be padding."""
@@ -689,6 +711,11 @@ class MultimodalDataset(Dataset):
             **where,
         )
         return table.hiding(self.config["hidden_features"] or {}, tokens)
+
+    def get_preload_weight(self, field: str) -> NDArray[np.float32]:
+        """RecBole's, in the number type of its models: KSR multiplies it by their vectors."""
+        weight: NDArray[np.float32] = super().get_preload_weight(field).astype(np.float32)
+        return weight
 
     def _load_categories(self) -> CategoryTable | None:
         field = self.config["category_field"]

@@ -548,6 +548,21 @@ def test_knowledge_model_trains_on_it(knowledge):
     assert all(torch.isfinite(loss) for loss in net.calculate_loss(next(iter(train))))
 
 
+def test_the_columns_of_a_graph_are_asked_for(knowledge):
+    columns = {source: KG["load_col"][source] for source in ("inter", "kg")}
+    with pytest.raises(InputError, match=r"CKE reads .link too; add link: \[item_id, entity_id\]"):
+        create_dataset(knowledge("CKE", load_col=columns))
+
+
+def test_preloaded_weights_are_of_the_number_type_of_models(make):
+    inter = (INTER, [("a", f"i{t}", t) for t in range(4)])
+    item = ("item_id:token code:token vector:float_seq", [(f"i{t}", f"c{t}", "0.5 1.5") for t in range(4)])
+    keys = {"load_col": None, "preload_weight": {"code": "vector"}}
+    weight = create_dataset(make(inter=inter, item=item)(**keys)).get_preload_weight("code")
+    assert weight.dtype == np.float32
+    assert weight[1].tolist() == [0.5, 1.5]
+
+
 def test_missing_graph_is_refused(make):
     with pytest.raises(InputError, match=r"toy.kg, toy.link; it holds toy.inter"):
         create_dataset(make(inter=(INTER, interactions()))("KGAT", **KG))
@@ -992,6 +1007,12 @@ def test_ready_made_lists_are_left_as_they_are(make):
     dataset = create_dataset(config(**BENCHMARK))
     assert_same_batches(batches(config(**BENCHMARK), dataset), stock)
     assert dataset.report.items == 5
+
+
+def test_lists_that_are_longer_than_the_configuration_says_are_refused(make):
+    config = benchmark(make)(MAX_ITEM_LIST_LENGTH=2, **BENCHMARK)
+    with pytest.raises(InputError, match="is 2, but item_id_list in the files has up to 3 items"):
+        create_dataset(config)
 
 
 def test_an_item_of_a_ready_made_list_is_known(make):
