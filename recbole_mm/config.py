@@ -341,8 +341,14 @@ class Config(RecBoleConfig):
             )
         if columns and final["load_col"] is not None and "item" not in final["load_col"]:
             final["load_col"] = {**final["load_col"], "item": [final["ITEM_ID_FIELD"], *columns]}
-        given = final["data_path"]
+        given, asked = final["data_path"], final["valid_metric_bigger"]
         super()._set_default_parameters()
+        is_asked = "valid_metric_bigger" in self.external_config_dict
+        if is_asked and asked != final["valid_metric_bigger"]:
+            raise InputError(
+                f"valid_metric_bigger: {asked}, but {final['valid_metric']} is better when it is "
+                f"{'bigger' if final['valid_metric_bigger'] else 'smaller'}; remove the key"
+            )
         # RecBole's data_preparation unpickles loaders of an earlier run that it finds
         final["dataloaders_save_path"] = f"{os.devnull}/none"
         if "data_path" in self.external_config_dict:

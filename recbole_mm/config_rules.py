@@ -214,6 +214,7 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
     at_least(config, 1, "train_batch_size", "eval_batch_size", "eval_memory_mb", "eval_step")
     at_least(config, 1, "metric_decimal_place", "MAX_ITEM_LIST_LENGTH", *_SIZES)
     at_least(config, 0, "epochs", "stopping_step", "worker", "seed", "weight_decay")
+    at_least(config, 0, "loss_decimal_place")
     for key in _SIZES:
         if isinstance(config.get(key), float):
             raise InputError(f"{key} must be a whole number, got {config[key]!r}")

@@ -134,6 +134,12 @@ def _memory_mends(config: Config) -> Iterator[None]:
         ) from error
 
 
+def _not_installed(config: Config, error: ModuleNotFoundError) -> EnvironmentFault:
+    return EnvironmentFault(
+        f"{config['model']} needs the package {error.name}, which is not installed"
+    )
+
+
 @contextmanager
 def _recboles_refusals(config: Config) -> Iterator[None]:
     """Say as bad input what RecBole's data sets refuse with an exception of Python.
@@ -144,6 +150,8 @@ def _recboles_refusals(config: Config) -> Iterator[None]:
         yield
     except RecboleMMError:
         raise
+    except ModuleNotFoundError as error:  # KGAT's graph imports dgl
+        raise _not_installed(config, error) from error
     except (AssertionError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         modules = [
             frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)
@@ -265,6 +273,10 @@ def _make(config: Config) -> _Made:
     init_seed(config["seed"], config["reproducibility"])
     with _recboles_refusals(config):
         dataset = create_dataset(config)
+    if dataset.uid_field is None:
+        raise InputError(
+            "USER_ID_FIELD and ITEM_ID_FIELD: a run knows its users and items by them, name both"
+        )
     _check_topk(config, dataset.item_num - 1)
     _check_label(config, dataset)
     _check_columns(config, dataset)
@@ -352,8 +364,15 @@ def _run(
                 show_progress=config["show_progress"],
             )
         except ModuleNotFoundError as error:  # RecBole imports faiss, for one, in the middle
-            raise EnvironmentFault(
-                f"{config['model']} needs the package {error.name}, which is not installed"
+            raise _not_installed(config, error) from error
+        except KeyError as error:
+            drawn = (f"{config['NEG_PREFIX']}{config['ITEM_ID_FIELD']}", config["LABEL_FIELD"])
+            has_drawn = config["train_neg_sample_args"]["distribution"] != "none"
+            if has_drawn or error.args[0] not in drawn:
+                raise
+            raise InputError(
+                f"train_neg_sample_args: {config['model']} learns from drawn items and finds none; "
+                "leave the key out, or set {distribution: uniform, sample_num: 1}"
             ) from error
         test_result = trainer.evaluate(test_data, show_progress=False) if score_test else {}
         result = {

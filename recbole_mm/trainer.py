@@ -187,10 +187,14 @@ class TrainerMixin:
             for index, value in enumerate(self._term_sums)
         }
 
+    def _shown(self, terms: dict[str, float]) -> list[str]:
+        places = self.config["loss_decimal_place"]
+        return [f"{name} {value:.{places}f}" for name, value in terms.items()]
+
     def _generate_train_loss_output(
         self, epoch_idx: int, s_time: float, e_time: float, losses: Any
     ) -> str:
-        terms = ", ".join(f"{name} {value:.4f}" for name, value in self._mean_terms().items())
+        terms = ", ".join(self._shown(self._mean_terms()))
         return f"epoch {epoch_idx} training [{e_time - s_time:.2f} s, mean of a batch: {terms}]"
 
     def _add_train_loss_to_tensorboard(
@@ -225,7 +229,7 @@ class TrainerMixin:
         note["best"] = bool(better)
         self._write_epochs()
         if not self._quiet:
-            terms = "  ".join(f"{name} {value:.4f}" for name, value in note["loss"].items())
+            terms = "  ".join(self._shown(note["loss"]))
             tqdm.write(
                 f"epoch {note['epoch']:>3}  {note['train_seconds']:6.1f} s  {terms}  "
                 f"valid {self.valid_metric} {score:.4f}{'  *' if better else ''}"

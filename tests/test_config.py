@@ -262,6 +262,9 @@ def test_bad_values_are_refused_before_any_data_is_read(key, value, match):
         ("--transform=crop", "transform: 'crop' is unknown"),
         ("--transform=crop_itemseq", "crop_itemseq needs a number eta, got None"),
         ("--eta=0.5", "unknown key 'eta'"),
+        ("--valid_metric_bigger=False", "valid_metric_bigger: False, but NDCG@10 is better when"),
+        ("--loss_decimal_place=-1", "loss_decimal_place must be at least 0"),
+        ("--dataloaders_save_path=a.pth", "dataloaders_save_path names a pickle"),
     ],
 )
 def test_what_recbole_would_trip_over_is_refused(line, match):

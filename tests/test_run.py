@@ -300,6 +300,36 @@ def test_a_package_that_a_model_needs_is_named(monkeypatch):
         run("NCL")
 
 
+def test_a_package_that_a_model_is_built_with_is_named(monkeypatch):
+    def needs_it(*_):
+        raise ModuleNotFoundError("No module named 'dgl'", name="dgl")
+
+    monkeypatch.setattr("recbole.model.general_recommender.bpr.BPR.apply", needs_it)
+    with pytest.raises(EnvironmentFault, match="BPR needs the package dgl"):
+        run("BPR")
+
+
+@pytest.mark.parametrize("model", ["BPR", "NeuMF"])
+def test_a_model_of_drawn_items_that_has_none_says_so(model):
+    with pytest.raises(InputError, match=f"train_neg_sample_args: {model} learns from drawn items"):
+        run(model, train_neg_sample_args=None)
+
+
+def test_a_run_needs_users_and_items():
+    values = {
+        **{"USER_ID_FIELD": None, "ITEM_ID_FIELD": None, "load_col": {"inter": ["timestamp"]}},
+        **{"metrics": ["AUC"], "valid_metric": "AUC", "threshold": {"timestamp": 1.5e9}},
+        "eval_args": {"split": {"RS": [8, 1, 1]}, "order": "RO", "mode": "labeled"},
+    }
+    with pytest.raises(InputError, match="USER_ID_FIELD and ITEM_ID_FIELD: a run knows"):
+        run("FM", **values)
+
+
+def test_losses_are_shown_to_the_place_that_is_asked_for(build_trainer):
+    trainer, _ = build_trainer("SASRecFast", loss_decimal_place=2)
+    assert trainer._shown({"next_item": 1.23456}) == ["next_item 1.23"]
+
+
 def too_much():
     return torch.empty(10**15)
 
