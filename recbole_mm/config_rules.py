@@ -264,7 +264,8 @@ def _check_data(config: Mapping[str, Any]) -> None:
         for key in _OF_TRANSFORM[config["transform"]]:
             if not _is_number(config.get(key)):
                 raise InputError(
-                    f"transform: {config['transform']} needs a number {key}, got {config.get(key)!r}"
+                    f"transform: {config['transform']} needs a number {key}, "
+                    f"got {config.get(key)!r}"
                 )
     for key in ("load_col", "unload_col"):
         _check_names(

@@ -317,8 +317,12 @@ def test_a_model_of_drawn_items_that_has_none_says_so(model):
 
 def test_a_run_needs_users_and_items():
     values = {
-        **{"USER_ID_FIELD": None, "ITEM_ID_FIELD": None, "load_col": {"inter": ["timestamp"]}},
-        **{"metrics": ["AUC"], "valid_metric": "AUC", "threshold": {"timestamp": 1.5e9}},
+        "USER_ID_FIELD": None,
+        "ITEM_ID_FIELD": None,
+        "load_col": {"inter": ["timestamp"]},
+        "metrics": ["AUC"],
+        "valid_metric": "AUC",
+        "threshold": {"timestamp": 1.5e9},
         "eval_args": {"split": {"RS": [8, 1, 1]}, "order": "RO", "mode": "labeled"},
     }
     with pytest.raises(InputError, match="USER_ID_FIELD and ITEM_ID_FIELD: a run knows"):

@@ -129,12 +129,12 @@ class MultimodalDataset(Dataset):
             )
         columns = self.config["load_col"]
         if isinstance(self, KnowledgeBasedDataset) and columns is not None:
-            names = {
+            of_graph = {
                 "kg": ("HEAD_ENTITY_ID_FIELD", "RELATION_ID_FIELD", "TAIL_ENTITY_ID_FIELD"),
                 "link": ("ITEM_ID_FIELD", "ENTITY_ID_FIELD"),
             }
-            for end in (end for end in names if not columns.get(end)):
-                fields = ", ".join(str(self.config[key]) for key in names[end])
+            for end in (end for end in of_graph if not columns.get(end)):
+                fields = ", ".join(str(self.config[key]) for key in of_graph[end])
                 raise InputError(
                     f"load_col: {self.config['model']} reads .{end} too; add {end}: [{fields}]"
                 )

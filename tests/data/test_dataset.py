@@ -556,9 +556,9 @@ def test_the_columns_of_a_graph_are_asked_for(knowledge):
 
 def test_preloaded_weights_are_of_the_number_type_of_models(make):
     inter = (INTER, [("a", f"i{t}", t) for t in range(4)])
-    item = ("item_id:token code:token vector:float_seq", [(f"i{t}", f"c{t}", "0.5 1.5") for t in range(4)])
-    keys = {"load_col": None, "preload_weight": {"code": "vector"}}
-    weight = create_dataset(make(inter=inter, item=item)(**keys)).get_preload_weight("code")
+    dataset = create_dataset(make(inter=inter)())
+    dataset._preloaded_weight = {"code": np.array([[0.0, 0.0], [0.5, 1.5]])}  # as RecBole makes it
+    weight = dataset.get_preload_weight("code")
     assert weight.dtype == np.float32
     assert weight[1].tolist() == [0.5, 1.5]
 
