@@ -66,7 +66,8 @@ def run(
     Returns:
         ``model``, ``dataset``, ``best_epoch``, ``epochs``, ``best_valid_score``,
         ``valid_score_bigger``, ``best_valid_result``, ``test_result``, ``protocol``, ``data``,
-        ``parameters`` (trainable), ``seconds`` and ``run`` (the folder, or ``None``).
+        ``parameters`` (trainable), ``seconds`` and ``run`` (the folder, or ``None``). Without
+        validation ``best_valid_score`` and ``best_valid_result`` are ``None``.
 
     Raises:
         InputError: Bad input or configuration.
@@ -380,9 +381,12 @@ def _run(
             "dataset": config["dataset"],
             "best_epoch": trainer.best_epoch,
             "epochs": len(trainer.history),
-            "best_valid_score": float(best_score),
+            # RecBole's -inf of a run that was not validated is no JSON
+            "best_valid_score": float(best_score) if best_result else None,
             "valid_score_bigger": config["valid_metric_bigger"],
-            "best_valid_result": dict(best_result) if best_result else None,
+            "best_valid_result": (
+                {key: float(value) for key, value in best_result.items()} if best_result else None
+            ),
             "test_result": {key: float(value) for key, value in test_result.items()},
             "protocol": rules.as_dict(),
             "data": data,

@@ -1,6 +1,7 @@
 """A run through the Python interface: every kind of model, masking, selection, tuning."""
 
 import errno
+import json
 import re
 import shutil
 from pathlib import Path
@@ -232,6 +233,19 @@ def test_a_data_set_without_long_histories_is_refused(tmp_path):
             config_dict={"data_path": str(tmp_path), "topk": [1], "valid_metric": "NDCG@1"},
             saved=False,
         )
+
+
+def test_a_run_without_validation_has_no_score_and_its_result_is_strict_json(tmp_path):
+    values = {**QUICK, "eval_args": {"split": {"LS": "test_only"}}, "checkpoint_dir": str(tmp_path)}
+    result = recbole_mm.run("Pop", "tiny", config_dict=values)
+    assert result["best_valid_score"] is None
+    assert result["best_valid_result"] is None
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    written = Path(result["run"], "result.json").read_text(encoding="utf-8")
+    assert json.loads(written, parse_constant=refuse)["test_result"] == result["test_result"]
 
 
 def test_the_objective_function_serves_recboles_tuning_and_leaves_the_test_set_alone(monkeypatch):
