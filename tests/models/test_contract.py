@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from recbole.data.interaction import Interaction
+from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -112,6 +113,19 @@ def test_reads_exactly_its_properties_file(name, build):
 
 
 @every_model
+def test_options_of_the_transformers_arrive_where_their_names_say(name, build):
+    """Their defaults are the same numbers: one in the place of the other would not be seen."""
+    values = {"n_layers": 3, "n_heads": 4, "hidden_dropout_prob": 0.3, "attn_dropout_prob": 0.1}
+    modules = list(build(name, **values).model.modules())
+    # MUFASA's fusion has a feed-forward layer without dropout
+    assert {m.p for m in modules if isinstance(m, nn.Dropout)} - {0.0} == {0.3}
+    rates = ("attn_dropout", "attn_dropout_prob")
+    assert {vars(m)[key] for m in modules for key in rates if key in vars(m)} == {0.1}
+    assert {m.n_heads for m in modules if hasattr(m, "n_heads")} == {4}
+    assert {len(m) for m in modules if isinstance(m, nn.ModuleList)} == {3}
+
+
+@every_model
 def test_every_line_of_the_properties_file_says_its_type_and_source(name):
     for line in (PROPERTIES / f"model/{name}.yaml").read_text().splitlines():
         if line and not line.startswith("#"):
@@ -215,22 +229,39 @@ def test_sampled_negatives_are_scored_in_pieces_within_the_memory(name, objectiv
 
 
 @every_model
-def test_sampled_negatives_are_scored_against_the_full_table(name, build):
+@every_objective
+def test_sampled_negatives_are_scored_against_the_full_table(name, objective, build):
     """The loss over the few items of a step equals gBCE read off the whole score matrix."""
-    if not MODELS[name].samples_negatives:
+    if not MODELS[name].samples_negatives or not offered(name, objective):
         pytest.skip("not offered")
-    world = build(name, train_objective="last", n_negatives=20)
-    batch = batch_of(world)
+    world = build(name, train_objective=objective, n_negatives=20, gbce_t=0.5)
+    model, batch = world.model, batch_of(world)
     torch.manual_seed(4)
-    step = world.model.step_items(batch)
+    step = model.step_items(batch)
     torch.manual_seed(4)
-    loss = world.model.calculate_loss(batch)[0]
-    scores = world.model.full_sort_predict(batch)
-    target = batch["item_id"]
+    loss = model.calculate_loss(batch)[0]
+    histories, items = model.histories(batch), model.item_table()
+    if objective == "all":
+        target = batch["item_id_target_list"][:, : histories[0].size(1)]
+        state, target = model.states(*histories, items)[target > 0], target[target > 0]
+    else:
+        state, target = model(*histories, items), batch["item_id"]
+    scores = state @ items.T
     negatives = step.items[step.negatives]
     logits = scores[:, negatives].masked_fill(target[:, None] == negatives, float("-inf"))
     positive = scores.gather(1, target[:, None])[:, 0]
-    assert_close(loss, gbce_loss(positive, logits, n_items=120, t=0.75), rtol=1e-4, atol=1e-5)
+    # a padding item that counted among the 120 would move it by 2e-5
+    assert_close(loss, gbce_loss(positive, logits, n_items=120, t=0.5), rtol=1e-5, atol=1e-6)
+
+
+@every_model
+def test_negatives_are_drawn_from_all_items_but_padding(name, build):
+    if not MODELS[name].samples_negatives:
+        pytest.skip("not offered")
+    model = (world := build(name, n_negatives=20)).model
+    model.n_negatives = 5000  # so many that no item is missing by chance
+    step = model.step_items(batch_of(world))
+    assert set(step.items[step.negatives].tolist()) == set(range(1, model.n_items))
 
 
 @every_model
