@@ -127,6 +127,57 @@ def test_an_anchor_that_is_no_modality_is_told(build, caplog):
     assert "anchor_modality" not in caplog.text
 
 
+def test_the_anchor_may_be_any_modality_and_its_features_are_what_is_compared_with(build):
+    model, items, seen = build("MUFASA", anchor_modality="image").model, torch.arange(1, 9), []
+    assert (model.anchor, model.fusion.anchor, model.fusion_losses.anchor) == (1, 1, 1)
+    model.fusion_losses.register_forward_pre_hook(lambda _, given: seen.append(given[3]))
+    model.fusion_terms(items)
+    assert torch.equal(seen[0], model.project.features["image"](items))
+
+
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_a_position_is_an_angle_or_a_vector(build, position):
+    model = build("MUFASA", position=position).model
+    assert {layer.rotary for layer in model.encoder.attention} == {position == "rotary"}
+    table, seq = model.item_table(), torch.full((1, 3), 5)
+    x = table[seq]
+    if position == "learned":
+        x = x + model.position_embedding.weight[:3]
+    assert_close(model._inputs(seq, table), model.norm(x))
+
+
+def test_options_arrive_where_their_names_say(build):
+    values = {"window_size": 3, "block_size": 4, "n_selected_blocks": 6}
+    losses = {"temperature": 0.2, "structure_temperature": 0.3, "cross_genre_threshold": 0.4}
+    model = build("MUFASA", **values, **losses).model
+    for owner, given in ((model.encoder.attention[0], values), (model.fusion_losses, losses)):
+        assert {key: getattr(owner, key) for key in given} == given
+
+
+@pytest.mark.parametrize("branch", ["window", "block", "selected"])
+def test_the_switch_of_a_branch_is_that_of_the_branch(build, branch):
+    branches = build("MUFASA", **{f"use_{branch}": False}).model.encoder.branches
+    assert set(branches) == {"window", "block", "selected"} - {branch}
+
+
+def test_the_fusion_losses_see_items_of_histories_and_targets_at_most_so_many(build):
+    world = build("MUFASA", train_objective="last")
+    model, batch = world.model, batch_of(world)[:3]
+    rows = zip(batch["item_id_list"], batch["item_length"], batch["item_id"], strict=True)
+    items = {int(i) for seq, n, target in rows for i in (*seq[:n], target)}
+    assert sorted(model._distinct_items(batch).tolist()) == sorted(items)
+    model.mfl_batch_items = 4
+    draws = [set(model._distinct_items(batch).tolist()) for _ in range(60)]
+    assert {len(draw) for draw in draws} == {4}
+    assert set.union(*draws) == items
+
+
+def test_pre_training_has_the_losses_that_joint_training_of_a_frozen_fusion_lacks(build):
+    model = build("MUFASA", freeze_mfl=True).model
+    assert model.joint_terms == ("collaborative",)
+    assert tuple(model.fusion_terms(torch.arange(1, 9))) == FUSION_TERMS
+
+
 def test_small_models_of_the_tests_take_the_sparse_form(build, forms):
     """The contract, the golden losses and the compiled loss are to see the form that ships."""
     # named, the objective gives a loader that the golden losses do not draw from
