@@ -97,7 +97,7 @@ def test_a_loss_that_is_not_finite_names_its_term_batch_and_features(build_train
 
 
 def test_a_pretraining_loss_that_is_not_finite_names_its_terms_and_batch(build_trainer):
-    trainer, world = build_trainer("MUFASA", mfl_pretrain_epochs=1, mfl_batch_items=64)
+    trainer, world = build_trainer("MUFASA", mfl_pretrain_epochs=1, mfl_batch_items=64, epochs=1)
     terms, batches = world.model.fusion_terms, []
 
     def broken(items):
@@ -140,6 +140,23 @@ def test_pretraining_sees_every_item_once_a_pass_and_moves_the_ids(build_trainer
     assert (ids.detach() != before)[1:].any(1).all()
 
 
+def test_pretraining_moves_fusion_losses_and_ids_alone_by_gradients_of_one_batch(build_trainer):
+    trainer, world = build_trainer("MUFASA", mfl_pretrain_epochs=2, mfl_batch_items=64)
+    before, step, left = copy.deepcopy(world.model.state_dict()), trainer._apply_gradient, []
+
+    def noted(*arguments):
+        left.append(any(p.grad is not None for p in world.model.parameters()))
+        step(*arguments)
+
+    trainer._apply_gradient = noted
+    trainer._pretrain()
+    assert left == [False] * (2 * len(world.model.catalogue_batches()))
+    after = world.model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = ("project.", "fusion.", "fusion_losses.", "item_embedding.")
+    assert moved == {name for name in before if name.startswith(parts)}
+
+
 def test_batches_of_a_namesake_of_a_recbole_model_are_not_cut(build_trainer):
     trainer, world = build_trainer("GRU4Rec")
     widths = []
@@ -159,7 +176,7 @@ class Namesake(torch.nn.Module):
 
 
 def test_a_pretraining_gradient_that_is_not_finite_names_its_parameters(build_trainer):
-    trainer, world = build_trainer("MUFASA", mfl_pretrain_epochs=1)
+    trainer, world = build_trainer("MUFASA", mfl_pretrain_epochs=1, epochs=1)
     terms, weight = world.model.fusion_terms, next(world.model.fusion.parameters())
     world.model.fusion_terms = lambda items: {**terms(items), "more": (weight * 0).sqrt().sum()}
     with pytest.raises(NumericalError, match="pre-training epoch 0, batch 1: the gradient is not"):
