@@ -133,6 +133,10 @@ def test_centres_of_an_empty_row_are_zero_in_value_and_gradient(shared):
         assert gradient.eq(0).all()
 
 
+def test_shared_centres_start_at_the_size_of_what_leaves_a_layer_norm():
+    assert InterestCentres(64, 50, shared=True).centre.std().item() == pytest.approx(1.0, rel=0.1)
+
+
 def test_without_a_centre_is_refused():
     with pytest.raises(ValueError, match="k_interests must be at least 1, got 0"):
         InterestCentres(D, 0, shared=False)

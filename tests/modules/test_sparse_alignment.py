@@ -215,6 +215,16 @@ def test_seed_decides_what_is_dropped():
     assert not torch.equal(states[0], states[2])
 
 
+def test_without_the_block_level_selection_goes_by_the_mean_key_of_a_block():
+    model, x = attention(use_block=False), sequences()
+    key = model._heads(model.key(x))
+    block_key, block_value = model._blocks(x, key)
+    assert block_value is None
+    assert_close(
+        block_key, torch.stack([key[:, :, c * 3 : c * 3 + 3].mean(2) for c in range(6)], 2)
+    )
+
+
 def test_mean_compression_is_the_mean_of_finished_blocks():
     x = torch.randn(2, 11, D)
     blocks = BlockCompression(D, 4, "mean")(x)
