@@ -26,6 +26,17 @@ def test_an_ablation_is_a_few_known_keys_that_differ_from_the_default(path):
 
 
 @every_file
+def test_what_is_left_out_or_swapped_is_what_the_name_says(path):
+    override, (first, *rest) = yaml.safe_load(path.read_text()), path.stem.split("_")
+    if first == "swap":
+        assert override == {"swap_pairs": [rest]}
+    elif first == "without":
+        ((key, value),) = override.items()
+        assert any(word[:5] in key for word in rest)
+        assert value in (0, False, "linear")
+
+
+@every_file
 def test_an_ablation_trains(path, build):
     model = path.parent.name
     if model not in MODELS:
