@@ -69,7 +69,9 @@ class CAMMSR(MultimodalSequentialRecommender):
     The sum over modalities is one product: tables and user states hold the modalities side by
     side, in the width ``M * D``.
 
-    Departures from the paper: none in its equations. Where it leaves a choice open, the
+    Departures from the paper: none in its equations but for two tuned defaults, the mean
+    over categories in place of their sum and a temperature of the contrast, which
+    ``ablation/CAMMSR/paper_values.yaml`` undoes with the other tuned values. Where it leaves a choice open, the
     properties file names the default and its source; without a key are: the causal mask of the
     Transformers, and candidates without a position [inferred: HM4SR], and the direction of the
     contrast, whose anchor is the first modality of a pair [ours]. Its data are complete; ours need
