@@ -183,7 +183,7 @@ class FusionLosses(nn.Module):
         temperature: Of ``semantic`` and ``collaborative``. [ours]
         structure_temperature: Temperature :math:`\tau_s` of ``structure``. [ours]
         cross_genre_threshold: Cosine of titles above which another genre's item is a positive;
-            1 or more: none is. [ours]
+            above 1: none is (that of two equal titles may be rounded to just above 1). [ours]
         collaborative_target: ``id`` or ``cooccurrence``. [ours]
         distribution: ``gaussian`` or ``uniformity``. [ours]
 
