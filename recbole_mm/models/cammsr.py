@@ -69,17 +69,17 @@ class CAMMSR(MultimodalSequentialRecommender):
     The sum over modalities is one product: tables and user states hold the modalities side by
     side, in the width ``M * D``.
 
-    Departures from the paper: none in its equations but for two tuned defaults, the mean
-    over categories in place of their sum and a temperature of the contrast, which
-    ``ablation/CAMMSR/paper_values.yaml`` undoes with the other tuned values. Where it leaves a choice open, the
-    properties file names the default and its source; without a key are: the causal mask of the
-    Transformers, and candidates without a position [inferred: HM4SR], and the direction of the
-    contrast, whose anchor is the first modality of a pair [ours]. Its data are complete; ours need
-    not be [ours]: of a modality that an item lacks, the vector x is zero, so that it adds nothing
-    to the item's score; it is no key of the gate, its weight is zero and it is never swapped; its
-    Transformer sees the position alone. A history without any item of a modality takes no part in
-    the contrast of its pairs. Everything that treats a position on its own skips padding. The
-    softmax of the loss leaves the padding item out.
+    Departures from the paper: none in its equations but for two tuned defaults, the mean over
+    categories in place of their sum and a temperature of the contrast, which
+    ``ablation/CAMMSR/paper_values.yaml`` undoes with the other tuned values. Where it leaves a
+    choice open, the properties file names the default and its source; without a key are: the causal
+    mask of the Transformers, and candidates without a position [inferred: HM4SR], and the direction
+    of the contrast, whose anchor is the first modality of a pair [ours]. Its data are complete;
+    ours need not be [ours]: of a modality that an item lacks, the vector x is zero, so that it adds
+    nothing to the item's score; it is no key of the gate, its weight is zero and it is never
+    swapped; its Transformer sees the position alone. A history without any item of a modality takes
+    no part in the contrast of its pairs. Everything that treats a position on its own skips
+    padding. The softmax of the loss leaves the padding item out.
 
     Raises:
         InputError: If a key has an impossible value, or categories are missing.
