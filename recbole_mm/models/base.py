@@ -130,9 +130,8 @@ class MultimodalSequentialRecommender(SequentialRecommender):
         device = interaction[self.ITEM_SEQ].device
         # one pool of negatives for the whole batch: each target sees the same, in one product
         pool = torch.randint(1, self.n_items, (self.n_negatives,), device=device)
+        # the targets of a window are its own later items and, at its end, POS_ITEM_ID
         parts = [pool.new_zeros(1), interaction[self.ITEM_SEQ], interaction[self.POS_ITEM_ID], pool]
-        if self.train_objective == "all":
-            parts.append(interaction[self.ITEM_TARGETS])
         items: Tensor = torch.unique(torch.cat([part.flatten() for part in parts]))
         place = torch.zeros(self.n_items, dtype=torch.long, device=device)
         place[items] = torch.arange(len(items), device=device)
