@@ -235,9 +235,10 @@ def test_sampled_negatives_are_scored_against_the_full_table(name, objective, bu
     if not MODELS[name].samples_negatives or not offered(name, objective):
         pytest.skip("not offered")
     world = build(name, train_objective=objective, n_negatives=20, gbce_t=0.5)
-    model, batch = world.model, batch_of(world)
+    model, batch = world.model, batch_of(world)[:3]  # so few that most items are not of the step
     torch.manual_seed(4)
     step = model.step_items(batch)
+    assert len(step.items) < model.n_items - 20
     torch.manual_seed(4)
     loss = model.calculate_loss(batch)[0]
     histories, items = model.histories(batch), model.item_table()
@@ -258,10 +259,13 @@ def test_sampled_negatives_are_scored_against_the_full_table(name, objective, bu
 def test_negatives_are_drawn_from_all_items_but_padding(name, build):
     if not MODELS[name].samples_negatives:
         pytest.skip("not offered")
-    model = (world := build(name, n_negatives=20)).model
-    model.n_negatives = 5000  # so many that no item is missing by chance
-    step = model.step_items(batch_of(world))
-    assert set(step.items[step.negatives].tolist()) == set(range(1, model.n_items))
+    world = build(name, n_negatives=20)
+    batch = batch_of(world)[:1]
+    drawn = set()
+    for _ in range(200):  # so many that no item is missing by chance
+        step = world.model.step_items(batch)
+        drawn.update(step.items[step.negatives].tolist())
+    assert drawn == set(range(1, world.model.n_items))
 
 
 @every_model
