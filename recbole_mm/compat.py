@@ -93,6 +93,11 @@ def import_model(name: str) -> type | None:
         torch.autograd.set_detect_anomaly(False)
 
 
+def is_recboles(model: type) -> bool:
+    """Whether a class is a model of RecBole, and not one that derives from it or has its name."""
+    return model.__module__.startswith("recbole.model.")
+
+
 class _DokMatrix(sp.dok_matrix):
     """``dok_matrix`` with the private ``_update`` that scipy 1.13 removed."""
 

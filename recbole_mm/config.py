@@ -22,13 +22,7 @@ from recbole_mm.data.derive import text_method
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError, nearest
-from recbole_mm.registry import (
-    MODELS,
-    RECBOLE_PROPERTIES,
-    get_model,
-    is_recboles,
-    model_of_run,
-)
+from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model, model_of_run
 
 _LOG = logging.getLogger(__name__)
 
@@ -232,7 +226,7 @@ class Config(RecBoleConfig):
             *(
                 RECBOLE_PROPERTIES / f"model/{cls.__name__}.yaml"
                 for cls in parents
-                if is_recboles(cls)
+                if compat.is_recboles(cls)
             ),
             PROPERTIES / "overall.yaml",
             *(

@@ -14,6 +14,7 @@ from typing import Any
 from recbole.evaluator.register import metric_types, metrics_dict
 from recbole.utils import EvaluatorType
 
+from recbole_mm import compat
 from recbole_mm.errors import InputError, check_choice, nearest
 from recbole_mm.layers.encoder import ACTIVATIONS
 
@@ -476,7 +477,7 @@ def _check_training(config: Mapping[str, Any], model: type) -> None:
         )
     one_of(config, "hidden_act", ACTIVATIONS)
     one_of(config, "loss_type", ("CE", "BPR", "BCE", "MSE"))  # all that RecBole's models have
-    known = hasattr(model, "offered_objectives") or model.__module__.startswith("recbole.model.")
+    known = hasattr(model, "offered_objectives") or compat.is_recboles(model)
     if learner.lower() == "sparse_adam" and known:
         name = model.__name__
         raise InputError(f"learner: sparse_adam needs sparse gradients, which {name} does not have")

@@ -66,8 +66,3 @@ def model_of_run(name: str, folder: Path) -> type:
             f"model={name}"
         )
     return get_model(name)
-
-
-def is_recboles(model: type) -> bool:
-    """Whether a class is a model of RecBole, and not one that derives from it or has its name."""
-    return model.__module__.startswith("recbole.model.")

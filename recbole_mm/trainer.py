@@ -36,7 +36,6 @@ from recbole_mm.data.batches import loaders_of, seed_batches
 from recbole_mm.errors import InputError, NumericalError
 from recbole_mm.evaluation import Collector, Evaluator, PerUser, Ranker
 from recbole_mm.models.mufasa import MUFASA
-from recbole_mm.registry import is_recboles
 from recbole_mm.training import TrainingLoop
 
 if TYPE_CHECKING:
@@ -600,7 +599,7 @@ def trainer_class(model_type: ModelType, model: type) -> type:
     """
     if issubclass(model, MUFASA):
         return _mixed(MUFASATrainer)
-    recboles = (cls.__name__ for cls in model.__mro__ if is_recboles(cls))
+    recboles = (cls.__name__ for cls in model.__mro__ if compat.is_recboles(cls))
     return _mixed(get_trainer(model_type, next(recboles, "")))
 
 

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from recbole_mm import compat, distributed
 from recbole_mm.errors import EnvironmentFault, NumericalError
-from recbole_mm.registry import is_recboles
 
 if TYPE_CHECKING:
     from recbole.data.interaction import Interaction
@@ -205,7 +204,7 @@ class TrainingLoop(Trainer):
 
     def without_padding(self, interaction: Interaction) -> Interaction:
         """The batch cut to its longest history, if RecBole's model does not mind."""
-        if not is_recboles(type(self.model)) or self.config["model"] not in CUTS_PADDING:
+        if not compat.is_recboles(type(self.model)) or self.config["model"] not in CUTS_PADDING:
             return interaction
         suffix = self.config["LIST_SUFFIX"]
         longest = max(1, int(interaction[self.config["ITEM_LIST_LENGTH_FIELD"]].max()))
