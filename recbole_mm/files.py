@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
@@ -54,6 +56,11 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         raise
     if hasattr(os, "O_DIRECTORY"):  # elsewhere folders cannot be opened
         _sync(path.parent)  # the rename itself
+
+
+def read_json(path: Path) -> Any:
+    """Contents of a JSON file in UTF-8, as :func:`write_text` writes it."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_text(path: Path, text: str, *, shared: bool = False) -> None:

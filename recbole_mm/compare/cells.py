@@ -34,7 +34,7 @@ from recbole_mm.compare import missing
 from recbole_mm.compare.plan import Cell
 from recbole_mm.distributed import end_with_parent
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
-from recbole_mm.files import alone, write_text
+from recbole_mm.files import alone, read_json, write_text
 from recbole_mm.run_folder import STATE, code_digest
 
 RECORD = "cell.json"
@@ -141,11 +141,9 @@ def read_outcome(cell: Cell, out: Path, *, is_new: bool = False) -> Outcome | No
     """What the folder of a cell says, or ``None`` if it is neither finished nor failed."""
     folder = out / "cells" / cell.folder
     if (folder / RECORD).is_file():
-        return Outcome(
-            cell, folder, json.loads((folder / RECORD).read_text(encoding="utf-8")), is_new=is_new
-        )
+        return Outcome(cell, folder, read_json(folder / RECORD), is_new=is_new)
     if (folder / ERROR).is_file():
-        error = json.loads((folder / ERROR).read_text(encoding="utf-8"))["message"]
+        error = read_json(folder / ERROR)["message"]
         return Outcome(cell, folder, None, error, is_new=is_new)
     return None
 
@@ -223,7 +221,7 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
             write_json(folder / RECORD, trained)
             # not before: a kill in between would cost the whole training
             (folder / trained["run"] / STATE).unlink(missing_ok=True)
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = read_json(folder / RECORD)
         _count(cell, out, record)
         _measure_missing(folder, record, missing_modality)
         (folder / ERROR).unlink(missing_ok=True)  # of what came after an earlier training
@@ -283,7 +281,7 @@ def _start_or_continue(cell: Cell, folder: Path) -> tuple[dict[str, Any], float,
     from recbole_mm.quick_start import run
 
     for state in sorted((folder / "run").glob(f"*/*/*/{STATE}")):
-        made = json.loads((state.parent / "environment.json").read_text(encoding="utf-8"))
+        made = read_json(state.parent / "environment.json")
         if made.get("code") == code_digest():
             try:
                 earlier = _seconds(state.parent / "metrics.jsonl")

@@ -6,7 +6,6 @@ and the test set is scored again: nothing is trained or chosen, so this is no se
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from recbole_mm.compare.plan import Cell
 from recbole_mm.errors import InputError, RecboleMMError, nearest
+from recbole_mm.files import read_json
 from recbole_mm.registry import get_model
 
 FILE = "missing.json"
@@ -71,7 +71,7 @@ def read(folder: Path) -> dict[str, dict[str, dict[str, Any]]]:
     file = folder / FILE
     found: dict[str, dict[str, dict[str, Any]]] = {}
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
     return found
 
 

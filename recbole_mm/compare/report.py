@@ -20,6 +20,7 @@ from recbole_mm import __version__
 from recbole_mm.compare.charts import charts_of
 from recbole_mm.compare.tables import RowResult, Table, caption, mark
 from recbole_mm.compare.write import frame_of_costs, is_cold, spread
+from recbole_mm.files import read_json
 
 _MARKS = {"*": "*", "-": "▽", "+": "†"}
 
@@ -204,7 +205,7 @@ def _environment(tables: Sequence[Table]) -> Iterator[tuple[str, str]]:
     for table in tables:
         for row in table.rows:
             for outcome in row.outcomes:
-                values = json.loads((outcome.run / "environment.json").read_text(encoding="utf-8"))
+                values = read_json(outcome.run / "environment.json")
                 packages = values.pop("packages")
                 values.pop("command")
                 for key, value in {**values, **packages}.items():

@@ -85,7 +85,7 @@ class Search:
         if not path.is_file():
             write_text(path, json.dumps(self.settings, indent=1) + "\n")
         # also after writing: another process may have begun a search here at the same time
-        check_same(json.loads(path.read_text(encoding="utf-8")), self.settings, self.folder)
+        check_same(files.read_json(path), self.settings, self.folder)
 
     def configuration(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """Values for the configuration, from the labels and numbers that an engine has drawn."""
