@@ -491,20 +491,20 @@ def digest_of_data(config: Config) -> str:
     suffixes |= {f"{part}.inter" for part in config["benchmark_filename"] or ()}
     named = (folder / f"{dataset}.{suffix}" for suffix in suffixes)
     files = {path for path in named if path.is_file()}
-    encoders = set()
-    for declared in config["modalities"].values() if reads_features(config) else ():
+    modalities = config["modalities"].values() if reads_features(config) else ()
+    for declared in modalities:
         names = [str(declared[key]) for key in ("path", "ids") if key in declared]
         paths = [folder / name.replace("{dataset}", dataset) for name in names]
         files |= {path for path in paths if path.exists()}  # the run says what is missing
-        if declared.get("derive") == "text" and declared.get("method", "auto") == "auto":
-            encoders.add(f"text by {text_method('auto')}")
     try:
         lines = sorted(f"{path.name} {sha256_of(path)}" for path in files)
     except OSError as error:
         raise EnvironmentFault(
             f"cannot read {error.filename}: {error.strerror}; check the file's permissions"
         ) from error
-    text = "\n".join((*lines, *encoders)).encode(errors="surrogateescape")
+    if any(d.get("derive") == "text" and d.get("method", "auto") == "auto" for d in modalities):
+        lines.append(f"text by {text_method('auto')}")
+    text = "\n".join(lines).encode(errors="surrogateescape")
     return hashlib.sha256(text).hexdigest()[:12]
 
 

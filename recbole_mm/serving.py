@@ -228,8 +228,9 @@ class Recommender:
         return found
 
     def _ids(self, number: int, history: Sequence[str], skip_unknown: bool) -> list[int]:
-        if isinstance(history, (str, bytes)) or not hasattr(history, "__len__"):
-            kind = "a text" if isinstance(history, (str, bytes)) else type(history).__name__
+        is_text = isinstance(history, (str, bytes))
+        if is_text or not hasattr(history, "__len__"):
+            kind = "a text" if is_text else type(history).__name__
             raise InputError(f"history {number} is {kind}, not a list of item tokens: {history!r}")
         unknown = [token for token in history if str(token) not in self._id_of]
         if unknown and not skip_unknown:
