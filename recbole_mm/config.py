@@ -435,8 +435,7 @@ class Config(RecBoleConfig):
             InputError: as the constructor
         """
         values = reusable(read_yaml(Path(file)))
-        if model is None:
-            model_of_run(str(values.get("model")), Path(file).parent)
+        model_of_run(str(values.get("model")), Path(file).parent, model)
         return cls(model, None, [values], config_dict, command_line)
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from recbole_mm.errors import EnvironmentFault, RecboleMMError
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def alone(lock_file: Path, mend: str, taken: str | RecboleMMError) -> Iterator[N
         except Timeout:
             if isinstance(taken, RecboleMMError):
                 raise taken from None
-            logger.info(taken)
+            _LOG.info(taken)
             lock.acquire()
     try:
         yield

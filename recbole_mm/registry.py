@@ -54,12 +54,20 @@ def get_model(name: str) -> type:
     return model
 
 
-def model_of_run(name: str, folder: Path) -> type:
-    """The model class that a run folder names.
+def model_of_run(name: str, folder: Path, given: type | None = None) -> type:
+    """The model class of a run folder: the one that is given, or else the one that it names.
 
     Raises:
-        InputError: If the name is that of a user's class, which no folder holds.
+        InputError: If the name is that of a user's class, which no folder holds, or if what is
+            given is no class.
     """
+    if isinstance(given, type):
+        return given
+    if given is not None:
+        raise InputError(
+            f"model: takes the class of the model, got {given!r}; leave it out for a model of this "
+            "package or of RecBole"
+        )
     if name not in model_names():
         raise InputError(
             f"{folder}: {name!r} is no model of this package or of RecBole; give its class, "

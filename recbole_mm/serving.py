@@ -304,7 +304,7 @@ def load(
     if not isinstance(items, list):
         raise InputError(f"{path / 'ids.json'}: has no list of items; {DAMAGED}")
     _check(path, saved.about, kept.about, config, items)
-    model_class = model or model_of_run(config["model"], path)
+    model_class = model_of_run(config["model"], path, model)
     with compat.without_recboles_warnings():
         compat.set_numpy_names()
         net: Any = model_class(config, StoredItems(config, ids, kept))

@@ -274,7 +274,7 @@ def test_what_recbole_would_trip_over_is_refused(line, match):
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"mfl_batch_items": 0}, "mfl_batch_items must be at least 1"),
+        ({"mfl_batch_items": 1}, "mfl_batch_items must be at least 2"),
         ({"mfl_pretrain_epochs": -1}, "mfl_pretrain_epochs must be at least 0"),
         ({"loss_memory_mb": 0}, "loss_memory_mb must be at least 1"),
         ({"gbce_t": 2.0}, r"gbce_t must lie in \[0, 1\]"),
@@ -583,6 +583,9 @@ def test_the_run_of_a_class_asks_for_the_class(tmp_path):
         recbole_mm.load(folder)
     with pytest.raises(InputError, match=r"'Bare' is no model .* give its class, model=Bare"):
         recbole_mm.open_run(folder)
+    for opened in (recbole_mm.load, recbole_mm.open_run):
+        with pytest.raises(InputError, match="takes the class of the model, got 'Bare'"):
+            opened(folder, model="Bare")
     assert recbole_mm.load(folder, model=Bare).recommend([["i001"]], k=2).items
 
 

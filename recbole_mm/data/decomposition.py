@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from scipy.linalg import eigh
 from scipy.sparse.linalg import svds
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 # Components whose singular value is below this share of the first carry 1e-12 of its variance:
 # rounding, not content. Rows this short after projection (they have length 1 before it) likewise.
@@ -44,7 +44,7 @@ def decompose(
     singular = np.linalg.norm(scores, axis=0)  # (K,)
     rank = int((singular > _NOISE * singular[0]).sum())
     if rank < dim:
-        logger.warning(
+        _LOG.warning(
             "%s: dim %d is more than its content holds; reduced to its rank %d",
             modality,
             dim,

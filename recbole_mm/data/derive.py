@@ -58,7 +58,7 @@ from recbole_mm.data.movielens import is_misnumbered_link, translated_link
 from recbole_mm.errors import EnvironmentFault, InputError, nearest
 from recbole_mm.files import alone
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 DERIVE_VERSION = 2
 """Raise it when a change here changes numbers: every cache file of before is then a miss."""
@@ -322,7 +322,7 @@ def _derived_file(job: _Job, cache: Path) -> Path:
             if not _is_intact(path):  # another process may have made it
                 _derive(job, path, digests)
                 return path
-    logger.info("%s: derived earlier, %s", job.modality, path)
+    _LOG.info("%s: derived earlier, %s", job.modality, path)
     return path
 
 
@@ -351,7 +351,7 @@ def _derive(job: _Job, path: Path, digests: Mapping[str, str]) -> None:
             **derived.metadata,
         }
         _write(path, derived, metadata)
-    logger.info(
+    _LOG.info(
         "%s: derived in %.1f s by %s: %d of %d items, width %d, explained variance %.3f; "
         "kept as %s",
         job.modality,
@@ -405,13 +405,13 @@ def _is_intact(path: Path) -> bool:
     try:
         file = read_features(path)
     except InputError as error:
-        logger.warning("%s; derived anew", error)
+        _LOG.warning("%s; derived anew", error)
         return False
     if file.tokens is not None and file.present is not None:
         found = _content_digest(file.tokens, file.values.numpy(), file.present.numpy())
         if found == file.metadata.get("content_sha256"):
             return True
-    logger.warning("%s: not what was written to it; derived anew", path)
+    _LOG.warning("%s: not what was written to it; derived anew", path)
     return False
 
 
@@ -546,7 +546,7 @@ def _knowledge(job: _Job, announce: _Announce) -> _Derived:
     link = link[(link[item_id] != "") & (link[entity] != "")]
     if is_misnumbered_link(link):
         n_rows, link = len(link), translated_link(link)
-        logger.warning(
+        _LOG.warning(
             "%s names its items by the numbers of ml-20m, not of ml-100k (RecSysDatasets issue "
             "130): translated, its %d rows serve %d items",
             link_file,

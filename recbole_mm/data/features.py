@@ -31,7 +31,7 @@ from recbole_mm.data.feature_files import (
 )
 from recbole_mm.errors import EnvironmentFault, InputError, nearest, printable
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 CHOICES = {
     "index": ("token", "token-1", "recbole_internal"),
@@ -409,7 +409,7 @@ def _load(
     )
     kept = str(file.values.dtype).removeprefix("torch.")
     if file.dtype not in (kept, "text"):
-        logger.info("%s: %s converted from %s to %s", name, source, file.dtype, kept)
+        _LOG.info("%s: %s converted from %s to %s", name, source, file.dtype, kept)
     rows, unknown, duplicate = _align(file, declared, tokens, source, ids, atomic)
 
     present = rows != ABSENT  # (N,)
@@ -427,14 +427,14 @@ def _load(
                 "them as missing"
             )
         present &= ~is_bad
-        logger.warning(where, is_bad.sum(), "NaN or Inf", _first(tokens, is_bad), "masked")
+        _LOG.warning(where, is_bad.sum(), "NaN or Inf", _first(tokens, is_bad), "masked")
     if is_zero.any():
         if declared.zero == "mask":
             present &= ~is_zero
         mend = "masked" if declared.zero == "mask" else "kept, `zero: mask` would mask them"
-        logger.warning(where, is_zero.sum(), "all-zero vectors", _first(tokens, is_zero), mend)
+        _LOG.warning(where, is_zero.sum(), "all-zero vectors", _first(tokens, is_zero), mend)
     if all_equal:
-        logger.warning("%s: all vectors in %s are equal; they tell no items apart", name, source)
+        _LOG.warning("%s: all vectors in %s are equal; they tell no items apart", name, source)
     report = ModalityReport(
         name=name,
         rows=len(file.values),
@@ -498,7 +498,7 @@ def _check_coverage(
             f"{found}. Give the missing vectors (if they are derived: rows of .item or .kg), or "
             f"set `min_coverage` (now {min_coverage}) to the share you accept"
         )
-    logger.warning("%s: %s; the rest is masked", report.name, found)
+    _LOG.warning("%s: %s; the rest is masked", report.name, found)
 
 
 def _check(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, bool]:

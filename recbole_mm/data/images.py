@@ -36,7 +36,7 @@ from recbole_mm.data.decomposition import decompose
 from recbole_mm.data.feature_files import save_features
 from recbole_mm.data.image_encoders import Encoder, encoder_of, reason_of
 from recbole_mm.errors import EnvironmentFault, InputError, printable
-from recbole_mm.files import write_text
+from recbole_mm.files import alone, write_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -49,6 +49,7 @@ _MIN_COVERAGE = 0.9  # the default of the key
 _PART = 256  # images that an interruption may cost
 _BATCH = 64
 _PIXELS_WIDTH = 128
+_MEND = "free space, or name another place with --out"
 
 _MOST_BYTES = 1 << 28
 _MOST_PIXELS = 1 << 26  # 8192 x 8192; 256 MiB decoded
@@ -186,7 +187,8 @@ def extract_images(
 
     Raises:
         InputError: On a bad argument, a folder without an image of an item, two images of one
-            item, or more failures than ``max_failed``, naming the first three.
+            item, more failures than ``max_failed``, naming the first three, or an ``out`` that
+            another process is writing.
         EnvironmentFault: If a package or its weights are missing, or the disk says no.
     """
     folder, out = Path(folder), Path(out)
@@ -202,36 +204,38 @@ def extract_images(
     chosen = encoder_of(encoder, torch.device(device))
 
     parts = out.with_name(f".{out.name}.parts")
-    try:
-        done, kept = _parts(list(files.values()), folder, chosen, parts, max_failed, progress)
-        failed = {name: reason for part in done for name, reason in part.failed.items()}
-        rows = [part.rows for part in done if part.rows is not None]
-        if not rows:
-            raise InputError(f"{folder}: no image can be read: {_first_failures(failed)}")
-        numbers = torch.cat(rows).numpy()
-        numbers, explained = _reduced(numbers, encoder, dim, folder)
-        digests = {name: digest for part in done for name, digest in part.digests.items()}
-        encoded = [token for token, path in files.items() if path.name in digests]
-        listing = _list_failures(out, failed)
-        listed = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
-        save_features(
-            out,
-            torch.from_numpy(numbers),
-            encoded,
-            torch.from_numpy(numbers.any(axis=1)),
-            {
-                **chosen.metadata,
-                "normalised": "l2",
-                "source": folder.resolve().name,
-                "source_sha256": hashlib.sha256(_encodable(listed)).hexdigest(),
-                "explained_variance": f"{explained:.4f}",
-                "failed": str(len(failed)),
-            },
-        )
-    except InputError:
-        shutil.rmtree(parts, ignore_errors=True)  # the same images would fail again
-        raise
-    shutil.rmtree(parts, ignore_errors=True)
+    busy = InputError(f"{out}: another process is writing it; wait for it, or name another --out")
+    with alone(parts / ".lock", _MEND, busy):
+        try:
+            done, kept = _parts(list(files.values()), folder, chosen, parts, max_failed, progress)
+            failed = {name: reason for part in done for name, reason in part.failed.items()}
+            rows = [part.rows for part in done if part.rows is not None]
+            if not rows:
+                raise InputError(f"{folder}: no image can be read: {_first_failures(failed)}")
+            numbers = torch.cat(rows).numpy()
+            numbers, explained = _reduced(numbers, encoder, dim, folder)
+            digests = {name: digest for part in done for name, digest in part.digests.items()}
+            encoded = [token for token, path in files.items() if path.name in digests]
+            listing = _list_failures(out, failed)
+            listed = "".join(f"{digest}  {name}\n" for name, digest in digests.items())
+            save_features(
+                out,
+                torch.from_numpy(numbers),
+                encoded,
+                torch.from_numpy(numbers.any(axis=1)),
+                {
+                    **chosen.metadata,
+                    "normalised": "l2",
+                    "source": folder.resolve().name,
+                    "source_sha256": hashlib.sha256(_encodable(listed)).hexdigest(),
+                    "explained_variance": f"{explained:.4f}",
+                    "failed": str(len(failed)),
+                },
+            )
+        except InputError:
+            shutil.rmtree(parts, ignore_errors=True)  # the same images would fail again
+            raise
+        shutil.rmtree(parts, ignore_errors=True)
     return Extraction(
         path=out,
         items=len(tokens),
@@ -299,7 +303,6 @@ def _parts(
         _kept(kept_in),
         tqdm(total=len(files), desc="images", unit="", disable=not progress) as bar,
     ):
-        kept_in.mkdir(exist_ok=True)
         for start in range(0, len(files), _PART):
             some = files[start : start + _PART]
             place = kept_in / f"{_part_key(some, encoder)}.safetensors"
@@ -331,9 +334,7 @@ def _kept(path: Path) -> Iterator[None]:
         yield
     except (EnvironmentFault, OSError) as error:
         reason = error if isinstance(error, OSError) else error.__cause__
-        raise EnvironmentFault(
-            f"{path}: cannot be written ({reason}); free space, or name another place with --out"
-        ) from error
+        raise EnvironmentFault(f"{path}: cannot be written ({reason}); {_MEND}") from error
 
 
 def _part_key(files: Sequence[Path], encoder: Encoder) -> str:

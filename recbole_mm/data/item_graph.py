@@ -41,7 +41,7 @@ from recbole_mm.files import alone, replacing, writing
 if TYPE_CHECKING:
     from recbole_mm.data.features import FeatureTable
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 GRAPH_VERSION = 2
 """Raise it when a change here changes edges: every cache file of before is then a miss."""
@@ -420,16 +420,16 @@ def _cached(path: Path, what: str, build: Callable[[], sp.csr_matrix]) -> sp.csr
                         _write(path, graph)
                     return graph
         except EnvironmentFault as error:
-            logger.warning("%s: not kept for the next run: %s", what, error)
+            _LOG.warning("%s: not kept for the next run: %s", what, error)
             return _built(what, build) if graph is None else graph
-    logger.info("%s: computed earlier, %s", what, path)
+    _LOG.info("%s: computed earlier, %s", what, path)
     return graph
 
 
 def _built(what: str, build: Callable[[], sp.csr_matrix]) -> sp.csr_matrix:
     begin = time.perf_counter()
     graph = build()
-    logger.info("%s: %d edges in %.1f s", what, graph.nnz, time.perf_counter() - begin)
+    _LOG.info("%s: %d edges in %.1f s", what, graph.nnz, time.perf_counter() - begin)
     return graph
 
 
@@ -445,9 +445,9 @@ def _read(path: Path, level: int = logging.WARNING) -> sp.csr_matrix | None:
                 entries = (parts["data"], parts["indices"], parts["indptr"])
                 return sp.csr_matrix(entries, shape=tuple(parts["shape"]))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logger.log(level, "%s: cannot be read (%s); computed anew", path, error)
+        _LOG.log(level, "%s: cannot be read (%s); computed anew", path, error)
         return None
-    logger.log(level, "%s: not what was written to it; computed anew", path)
+    _LOG.log(level, "%s: not what was written to it; computed anew", path)
     return None
 
 

@@ -85,7 +85,8 @@ class MUFASA(MultimodalSequentialRecommender):
         """As in the base class."""
         super().check_options(values)
         at_least(values, 0, *(f"{term}_weight" for term in FUSION_TERMS), "mfl_pretrain_epochs")
-        at_least(values, 1, "mfl_batch_items", "window_size", "block_size", "n_selected_blocks")
+        at_least(values, 1, "window_size", "block_size", "n_selected_blocks")
+        at_least(values, 2, "mfl_batch_items")  # the losses compare items with each other
         at_least(values, -1, "cross_genre_threshold")
         positive(values, "temperature", "structure_temperature")
         one_of(values, "collaborative_target", COLLABORATIVE_TARGETS)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from recbole_mm.data import image_encoders, images
@@ -249,7 +250,7 @@ def interrupted(folder, monkeypatch):
         Counted(patch, stop_at="l")
         with pytest.raises(KeyboardInterrupt):
             extract(folder)
-    parts = list((folder.parent / ".image.safetensors.parts").iterdir())
+    parts = list((folder.parent / ".image.safetensors.parts").glob("*.safetensors"))
     assert len(parts) == 2
     return parts
 
@@ -268,6 +269,13 @@ def test_a_damaged_part_is_read_anew(folder, monkeypatch):
     counted = Counted(monkeypatch)
     assert extract(folder).kept == 0
     assert counted.names == list("abcdefghijkl")
+
+
+def test_a_second_process_keeps_its_hands_off(folder, monkeypatch):
+    parts = interrupted(folder, monkeypatch)
+    with FileLock(parts[0].parent / ".lock"), pytest.raises(InputError, match="another process"):
+        extract(folder)
+    assert extract(folder).kept == 8
 
 
 def test_it_stops_when_too_many_have_failed(folder, monkeypatch):
