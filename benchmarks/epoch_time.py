@@ -31,11 +31,11 @@ from recbole.data import data_preparation
 from recbole.utils import init_seed
 
 from recbole_mm.config import Config
+from recbole_mm.data.batches import count_targets
 from recbole_mm.data.create import create_dataset
 from recbole_mm.trainer import trainer_class
 
 SEED = 2020
-WINDOWS = 32  # of a batch of `train_objective: all`
 SCORES = 2**25  # rows x L x L of a padded batch of prefixes, at most: 2,048 rows up to L = 128
 CONTENDERS = ["stock:SASRec", "SASRec", "SASRecFast:last", "SASRecFast:all"]
 CONTENDERS += ["MUFASA:last", "MUFASA:all"]
@@ -48,11 +48,11 @@ class Contender:
         self.name = name
         self.as_recbole = name.startswith("stock:")
         model, _, objective = name.removeprefix("stock:").partition(":")
-        rows = WINDOWS if objective == "all" else min(args.rows, max(8, SCORES // length**2))
+        prefixes = min(args.rows, max(8, SCORES // length**2))
         values: dict[str, Any] = {
             "data_path": args.data_path,
             "MAX_ITEM_LIST_LENGTH": length,
-            "train_batch_size": rows,
+            "train_batch_size": args.rows if objective == "all" else prefixes,
             "seed": SEED,
             "show_progress": False,
         }
@@ -61,8 +61,9 @@ class Contender:
         config = Config(model, args.dataset, None, values, keys)
         init_seed(SEED, True)
         dataset = create_dataset(config)
-        self.rows = rows
         self.data = data_preparation(config, dataset)[0]
+        count_targets(self.data, config["train_batch_size"])
+        self.rows = self.data.step
         self.model = config.model_class(config, self.data._dataset).train()
         trainer = trainer_class(config["MODEL_TYPE"], config["model"])
         self.trainer = trainer(config, self.model, None)
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--data_path", default="../shared/data")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS)
     parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1024, 2048])
-    parser.add_argument("--rows", type=int, default=2048, help="of a batch of prefixes, at most")
+    parser.add_argument("--rows", type=int, default=2048, help="targets of a batch, at most")
     parser.add_argument("--steps", type=int, default=100, help="of each contender, at most")
     parser.add_argument("--seconds", type=float, default=30, help="of each contender, at most")
     args, keys = parser.parse_known_args()

@@ -50,9 +50,9 @@ VALUES = {
     "state": "ERROR",
 }
 OF_MODEL = {
-    "MUFASA": {"train_batch_size": 32, "mfl_batch_items": 64},
+    "MUFASA": {"train_batch_size": 256, "mfl_batch_items": 64},
     "CAMMSR": {"train_batch_size": 256},
-    "MDSRec": {"train_batch_size": 32},
+    "MDSRec": {"train_batch_size": 256},
 }
 TABLE = [
     *("compare", "--models=SASRecFast,MUFASA,CAMMSR+causal,MDSRec,BPR,Pop", "--datasets=tiny"),

@@ -32,7 +32,7 @@ from recbole_mm.checkpoint import (
     set_optimizer_state,
     set_random_states,
 )
-from recbole_mm.data.batches import loaders_of, seed_batches
+from recbole_mm.data.batches import count_targets, loaders_of, seed_batches
 from recbole_mm.errors import InputError, NumericalError
 from recbole_mm.evaluation import Collector, Evaluator, PerUser, Ranker
 from recbole_mm.models.mufasa import MUFASA
@@ -118,6 +118,7 @@ class TrainerMixin:
         Returns:
             Score and result of validation at the best epoch.
         """
+        count_targets(train_data, self.config["train_batch_size"])
         self._loaders = loaders_of(train_data)
         tokens = train_data._dataset.field2id_token[self.config["ITEM_ID_FIELD"]]
         self._items, self._n_items = fingerprint(tokens), len(tokens) - 1

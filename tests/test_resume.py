@@ -32,10 +32,8 @@ QUICK = {
     "inner_size": 32,
 }
 OF_MODEL = {
-    "MUFASA": {"mfl_pretrain_epochs": 2, "freeze_mfl": True, "train_batch_size": 64},
+    "MUFASA": {"mfl_pretrain_epochs": 2, "freeze_mfl": True},
     "SASRecFast": {"train_objective": "last"},
-    "MDSRec": {"train_batch_size": 64},
-    "SASRecMM": {"train_batch_size": 64},
     "MultiVAE": {"train_batch_size": 64},
 }
 SECONDS = ("train_seconds", "train_cpu_seconds", "valid_seconds", "valid_cpu_seconds")

@@ -206,7 +206,7 @@ def test_the_last_good_checkpoint_survives_a_gradient_that_is_not_finite(tmp_pat
         return (terms[0] + (self.LayerNorm.bias * 0).sqrt().sum(),)
 
     values = {"checkpoint_dir": str(tmp_path), "show_progress": False, "epochs": 20}
-    values |= {"train_batch_size": 64, "checkpoint_minutes": 0, "MAX_ITEM_LIST_LENGTH": 10}
+    values |= {"train_batch_size": 512, "checkpoint_minutes": 0, "MAX_ITEM_LIST_LENGTH": 10}
     monkeypatch.setattr(SASRecFast, "calculate_loss", broken)
     with pytest.raises(NumericalError, match=r"'next_item' is not finite at .*LayerNorm\.bias"):
         recbole_mm.run("SASRecFast", "tiny", config_dict=values)

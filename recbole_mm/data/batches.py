@@ -64,6 +64,24 @@ def loaders_of(data: Any) -> list[Any]:
     return [part for part in parts if part is not None] or [data]
 
 
+def count_targets(data: Any, batch_size: int) -> None:
+    """Let ``batch_size`` mean targets, where the rows of a training loader are windows. [ours].
+
+    A row of RecBole's has one target, a window up to L. As many windows make a batch as hold
+    ``batch_size`` targets on average, but one at least, so that a batch teaches as much with
+    ``train_objective: all`` as with ``last``, and takes no more memory where histories are long.
+
+    Args:
+        data: The loader.
+        batch_size: ``train_batch_size``.
+    """
+    rows_of = getattr(data._dataset, "rows_with_targets", None)
+    if rows_of is None:
+        return
+    data.step = data.batch_sampler.batch_size = max(1, rows_of(batch_size))
+    data.set_batch_size(data.step)
+
+
 def seed_batches(data: Any, seed: int, epoch: int = 0, share: Share | None = None) -> None:
     """Make a RecBole loader, from its next pass on, draw what it draws for this seed and epoch.
 

@@ -11,6 +11,7 @@ from recbole.data.utils import create_dataset as recbole_create_dataset
 from recbole.data.utils import data_preparation
 from recbole.utils import init_seed
 
+from recbole_mm.data.batches import count_targets
 from recbole_mm.data.create import create_dataset, on_our_floor
 from recbole_mm.data.dataset import MultimodalDataset
 from recbole_mm.data.sequential_dataset import TARGET_ROW, MultimodalSequentialDataset
@@ -907,6 +908,29 @@ def test_windows_pass_through_the_loader(make):
     loader = data_preparation(config, create_dataset(config))[0]
     seen = sum(int((batch["item_id_target_list"] > 0).sum()) for batch in loader)
     assert seen == loader.dataset.report.parts[0].targets
+
+
+@pytest.mark.parametrize(("objective", "size"), [("all", 40), ("all", 3), ("last", 40)])
+def test_the_size_of_a_batch_is_one_of_targets(make, objective, size):
+    keys = {"train_objective": objective, "MAX_ITEM_LIST_LENGTH": 4, "train_batch_size": size}
+    config = make(inter=(INTER, interactions(longest=20)))(**keys)
+    loader = data_preparation(config, create_dataset(config))[0]
+    for _ in range(2):  # once more changes nothing
+        count_targets(loader, size)
+    batches = list(loader)
+    rows, targets = len(loader._dataset), loader.dataset.report.parts[0].targets
+    expected = max(1, round(size * rows / targets))
+    assert [len(batch["item_id"]) for batch in batches[:-1]] == [expected] * (len(batches) - 1)
+    assert len(batches) == len(loader) > 2
+    assert sum(len(batch["item_id"]) for batch in batches) == rows
+    assert expected == size if objective == "last" else expected < size
+
+
+def test_the_batches_of_general_models_are_left_alone(make):
+    config = make(inter=(INTER, interactions()))(model="BPR", train_batch_size=7)
+    loader = data_preparation(config, create_dataset(config))[0]
+    count_targets(loader, 1000)
+    assert loader.step == loader.batch_sampler.batch_size == 7
 
 
 # histories

@@ -28,13 +28,16 @@ def _world(name, values):
     init_seed(1, True)
     dataset = create_dataset(config)
     train, valid, test = data_preparation(config, dataset)
-    return SimpleNamespace(config=config, dataset=dataset, train=train, valid=valid, test=test)
+    loaders = {"train": train, "valid": valid, "test": test}
+    return SimpleNamespace(config=config, dataset=dataset, rows=train.step, **loaders)
 
 
 def build(name, seed=0, **values):
     """A fresh model in evaluation mode, with its config and loaders."""
     world = _world(name, tuple(sorted(values.items())))
-    world.train.generator.manual_seed(world.config["seed"])  # batches as if it were just made
+    # batches as if it were just made; a trainer may have counted their targets
+    world.train.generator.manual_seed(world.config["seed"])
+    world.train.step = world.train.batch_sampler.batch_size = world.rows
     torch.manual_seed(seed)
     model = world.config.model_class(world.config, world.train._dataset)
     return SimpleNamespace(model=model.eval(), **vars(world))

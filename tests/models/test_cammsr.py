@@ -483,7 +483,7 @@ def hit3(**values):
         "attn_dropout_prob": 0.2,
         "topk": [3, 10],
     }
-    values = {**SMALL, **training, "train_batch_size": 32, **values}
+    values = {**SMALL, **training, "train_batch_size": 256, **values}
     return recbole_mm.run(CAMMSR, "tiny", config_dict=values, saved=False)["test_result"]["hit@3"]
 
 

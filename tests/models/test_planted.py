@@ -11,6 +11,7 @@ VALUES = {
     "epochs": 40,
     "stopping_step": 40,
     "MAX_ITEM_LIST_LENGTH": 12,
+    "train_batch_size": 256,
     "learning_rate": 0.003,
     "hidden_size": 32,
     "inner_size": 64,
@@ -47,7 +48,6 @@ def test_content_alone_is_enough():
 
 @pytest.mark.slow
 def test_mdsrec_connects_items_through_features_and_graphs():
-    training = {"train_batch_size": 32}
-    with_features = hit3("MDSRec", use_id=False, **training)
+    with_features = hit3("MDSRec", use_id=False)
     assert with_features > 0.6
-    assert with_features > hit3("MDSRec", modalities=[], **training) + 0.2
+    assert with_features > hit3("MDSRec", modalities=[]) + 0.2
