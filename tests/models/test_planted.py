@@ -11,7 +11,7 @@ VALUES = {
     "epochs": 40,
     "stopping_step": 40,
     "MAX_ITEM_LIST_LENGTH": 12,
-    "train_batch_size": 256,
+    "train_batch_size": 239,  # 32 windows
     "learning_rate": 0.003,
     "hidden_size": 32,
     "inner_size": 64,
