@@ -48,14 +48,14 @@ class Contender:
         self.name = name
         self.as_recbole = name.startswith("stock:")
         model, _, objective = name.removeprefix("stock:").partition(":")
-        prefixes = min(args.rows, max(8, SCORES // length**2))
         values: dict[str, Any] = {
             "data_path": args.data_path,
             "MAX_ITEM_LIST_LENGTH": length,
-            "train_batch_size": args.rows if objective == "all" else prefixes,
             "seed": SEED,
             "show_progress": False,
         }
+        if objective != "all":  # whose batches are the default's
+            values["train_batch_size"] = min(args.rows, max(8, SCORES // length**2))
         if objective:
             values["train_objective"] = objective
         config = Config(model, args.dataset, None, values, keys)
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--data_path", default="../shared/data")
     parser.add_argument("--contenders", nargs="+", default=CONTENDERS)
     parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1024, 2048])
-    parser.add_argument("--rows", type=int, default=2048, help="targets of a batch, at most")
+    parser.add_argument("--rows", type=int, default=2048, help="of a batch of prefixes, at most")
     parser.add_argument("--steps", type=int, default=100, help="of each contender, at most")
     parser.add_argument("--seconds", type=float, default=30, help="of each contender, at most")
     args, keys = parser.parse_known_args()
