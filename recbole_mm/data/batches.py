@@ -75,10 +75,11 @@ def count_targets(data: Any, batch_size: int) -> None:
         data: The loader.
         batch_size: ``train_batch_size``.
     """
-    rows_of = getattr(data._dataset, "rows_with_targets", None)
-    if rows_of is None:
-        return
-    data.step = data.batch_sampler.batch_size = max(1, rows_of(batch_size))
+    rows = data._dataset.inter_feat
+    if not getattr(rows, "is_windows", False):
+        return  # RecBole has counted them, and the items that it draws for each
+    data.step = max(1, round(batch_size * len(rows) / len(rows.targets())))
+    data.batch_sampler.batch_size = data.step
     data.set_batch_size(data.step)
 
 

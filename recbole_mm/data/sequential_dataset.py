@@ -101,10 +101,6 @@ class MultimodalSequentialDataset(MultimodalDataset, SequentialDataset):
         feat = self.inter_feat
         return len(feat.targets()) if isinstance(feat, SequenceRows) else len(feat)
 
-    def rows_with_targets(self, n_targets: int) -> int:
-        """How many rows of this part have so many targets on average, rounded."""
-        return round(n_targets * len(self) / self._n_targets())
-
     def __getitem__(self, index: Any, join: bool = True) -> Interaction:
         """Rows with their lists, joined with the features of their user and item."""
         rows = self.inter_feat[index]

@@ -926,11 +926,14 @@ def test_the_size_of_a_batch_is_one_of_targets(make, objective, size):
     assert expected == size if objective == "last" else expected < size
 
 
-def test_the_batches_of_general_models_are_left_alone(make):
-    config = make(inter=(INTER, interactions()))(model="BPR", train_batch_size=7)
+@pytest.mark.parametrize("model", ["BPR", "SASRec"])
+def test_the_batches_of_rows_with_drawn_items_are_left_alone(make, model):
+    drawn = {"distribution": "uniform", "sample_num": 3}
+    keys = {"train_batch_size": 7, "loss_type": "BPR", "train_neg_sample_args": drawn}
+    config = make(inter=(INTER, interactions()))(model=model, **keys)
     loader = data_preparation(config, create_dataset(config))[0]
     count_targets(loader, 1000)
-    assert loader.step == loader.batch_sampler.batch_size == 7
+    assert loader.step == loader.batch_sampler.batch_size == 2  # with three items for each
 
 
 # histories
