@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
+from recbole.data.dataset import SequentialDataset
 
 from recbole_mm.errors import InputError
 
@@ -70,3 +72,31 @@ def _are_positions(times: NDArray[np.float64], of_user: Any) -> bool:
         and times.max() <= 10 * longest
         and of_user.first().median() <= max(1, longest / 2)
     )
+
+
+def keep_histories(loaders: Sequence[Any]) -> None:
+    """Let what was left out of training stay among what a user has seen, in evaluation.
+
+    RecBole's loaders of general models know histories from the parts of the split alone: a user's
+    own earlier cold items would be candidates, which they are not for sequential models.
+
+    Args:
+        loaders: Of training, validation and test.
+    """
+    train = loaders[0]._dataset
+    left_out = getattr(train, "left_out", None)
+    if left_out is None or isinstance(train, SequentialDataset):
+        return
+    seen: dict[int, set[int]] = {}
+    for user, item in zip(left_out[0].tolist(), left_out[1].tolist(), strict=True):
+        seen.setdefault(user, set()).add(item)
+    for loader in loaders[1:]:
+        histories = getattr(loader, "uid2history_item", None)
+        sampler = getattr(loader, "_sampler", None)
+        for user, items in seen.items():
+            if histories is not None and histories[user] is not None:
+                targets = set(loader.uid2positive_item[user].tolist())
+                whole = set(histories[user].tolist()) | (items - targets)
+                histories[user] = torch.tensor(sorted(whole), dtype=torch.int64)
+            elif histories is None and sampler is not None:  # candidates are drawn
+                sampler.used_ids[user] = sampler.used_ids[user] | items

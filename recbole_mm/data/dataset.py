@@ -7,7 +7,8 @@ so that a table can hold our models beside RecBole's:
 - users, items and interactions are those of ``.inter`` after the filters, whatever other files say;
 - order and split follow the exact time, before RecBole rounds it to float32 (64 to 128 s for unix
   seconds), and equal times keep the order of the file;
-- general models hold out the same interactions as sequential ones;
+- general models hold out the same interactions as sequential ones, but for ratios of rows (RS), of
+  which a sequential model has one fewer for each user: such a table is refused by its fingerprints;
 - :attr:`MultimodalDataset.report` says what is there and what was left out.
 
 Keys of the configuration read here, besides RecBole's: ``on_bad_time``, ``mask_history``,
@@ -564,11 +565,14 @@ class MultimodalDataset(Dataset):
     def _leave_out(self, is_cold: Tensor) -> None:
         """Take the interactions with some items, ``(N,)`` bool, out of this part.
 
-        With one interaction left a user goes, too: it is no target for a sequential model.
+        With one interaction left a user goes, too: it is no target for a sequential model. They
+        stay in :attr:`left_out`, users and items: the users have seen them nevertheless.
         """
         users = self.inter_feat[self.uid_field]
         keep = ~is_cold[self.inter_feat[self.iid_field]]
         keep &= torch.bincount(users[keep], minlength=self.user_num)[users] > 1
+        gone = (~keep).nonzero().squeeze(1)
+        self.left_out = (users[gone], self.inter_feat[self.iid_field][gone])
         self.inter_feat = take(self.inter_feat, keep.nonzero().squeeze(1))
 
     def _prepare_parts(self, parts: list[Dataset]) -> None:

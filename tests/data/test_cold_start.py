@@ -3,9 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from recbole.data import data_preparation
 
 from recbole_mm.config import Config
-from recbole_mm.data.cold_start import newest_items
+from recbole_mm.data.cold_start import keep_histories, newest_items
 from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import InputError
 from recbole_mm.protocol import describe
@@ -114,3 +115,27 @@ def test_cold_items_are_in_no_training_row_but_in_test_histories(parts):
     rows = windows[np.arange(len(windows))]
     for field in ("item_id_list", "item_id_target_list", "item_id"):
         assert not newest & set(tokens[rows[field].numpy()].ravel())
+
+
+@pytest.mark.parametrize("mode", ["full", "uni20"])
+def test_what_a_user_had_seen_of_cold_items_is_no_candidate_of_a_general_model(parts, mode):
+    make, frame = parts
+    newest, _ = by_hand(frame)
+    config, _, _ = make("BPR", eval_args={"mode": mode}, mask_history=mode == "full")
+    dataset = create_dataset(config)
+    loaders = data_preparation(config, dataset)
+    keep_histories(loaders)
+    users, items = dataset.field2id_token["user_id"], dataset.field2id_token["item_id"]
+    n_cold = 0
+    for back, loader in ((2, loaders[1]), (1, loaders[2])):
+        for user, rows in frame.groupby("user", sort=False):
+            if len(rows) <= back + (back == 2):  # in no part, or not in validation
+                continue
+            past, target = set(rows["item"][:-back]), rows["item"].iloc[-back]
+            number = list(users).index(user)
+            if mode == "full":
+                assert set(items[loader.uid2history_item[number].tolist()]) == past - {target}
+            else:
+                assert past <= set(items[list(loader._sampler.used_ids[number])])
+            n_cold += len(newest & past)
+    assert n_cold > 20
