@@ -10,6 +10,7 @@ from copy import deepcopy
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -35,13 +36,15 @@ class FrozenFeatures(nn.Module):
         values: ``(R, F)`` floating point.
         rows: ``(N,)`` int64, row of each item; any row where the item is absent.
         present: ``(N,)`` bool.
+        norm: Euclidean length that every vector is given when it is looked up, a zero vector
+            excepted; ``None`` leaves it as it is stored.
 
     Shape:
         - items: any shape, int64 in [0, N)
         - output: ``(*items, F)``, float32 or the module's type; exactly zero for absent items
 
     Raises:
-        ValueError: If the shapes or types do not fit together.
+        ValueError: If the shapes or types do not fit together, or ``norm`` is not positive.
     """
 
     values: Tensor
@@ -49,8 +52,12 @@ class FrozenFeatures(nn.Module):
     present: Tensor
     _like: Tensor  # empty; carries the number type and the device of the module
 
-    def __init__(self, values: Tensor, rows: Tensor, present: Tensor) -> None:
+    def __init__(
+        self, values: Tensor, rows: Tensor, present: Tensor, norm: float | None = None
+    ) -> None:
         super().__init__()
+        if norm is not None and not norm > 0:
+            raise ValueError(f"norm must be positive, got {norm}")
         if values.ndim != 2 or not values.is_floating_point():
             raise ValueError(f"values must be (R, F) floats, got {values.dtype} {values.shape}")
         if rows.ndim != 1 or rows.shape != present.shape:
@@ -67,10 +74,13 @@ class FrozenFeatures(nn.Module):
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("present", present, persistent=False)
         self.register_buffer("_like", torch.empty(0), persistent=False)
+        self.norm = norm
 
     def forward(self, items: Tensor) -> Tensor:
         """Vectors of items; shapes as in the class."""
         vectors = self.values[self.rows[items]].to(self._like.dtype)  # (*items, F)
+        if self.norm is not None:
+            vectors = self.norm * F.normalize(vectors, dim=-1)
         # where, not a product: NaN * 0 is NaN
         return torch.where(self.present[items].unsqueeze(-1), vectors, 0.0)
 
@@ -113,7 +123,11 @@ class ModalityProjection(nn.Module):
     """
 
     def __init__(
-        self, features: Mapping[str, ItemVectors], hidden_size: int, hidden_layers: int = 1
+        self,
+        features: Mapping[str, ItemVectors],
+        hidden_size: int,
+        hidden_layers: int = 1,
+        norm: float | None = None,
     ) -> None:
         super().__init__()
         if not features:
@@ -122,9 +136,7 @@ class ModalityProjection(nn.Module):
             raise ValueError(f"hidden_layers must be 1 or 2, got {hidden_layers}")
         self.features = nn.ModuleDict(
             {
-                name: vectors
-                if isinstance(vectors, FrozenFeatures)
-                else FrozenFeatures(vectors.values, vectors.rows, vectors.present)
+                name: FrozenFeatures(vectors.values, vectors.rows, vectors.present, norm)
                 for name, vectors in features.items()
             }
         )

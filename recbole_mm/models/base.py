@@ -61,6 +61,7 @@ class MultimodalSequentialRecommender(SequentialRecommender):
     common_config: ClassVar[dict[str, Any]] = {
         "train_neg_sample_args": None,
         "initializer_range": 0.02,
+        "feature_norm": None,
         "loss_memory_mb": 512,
         "n_negatives": 0,
         "gbce_t": 0.75,
@@ -97,6 +98,7 @@ class MultimodalSequentialRecommender(SequentialRecommender):
         super().__init__(config, dataset)
         if self.consumes_features:
             self.features = dataset.item_features
+            self.feature_norm = config["feature_norm"]
         self.train_objective = config["train_objective"]
         self.initializer_range = config["initializer_range"]
         self.loss_memory_mb = config["loss_memory_mb"]

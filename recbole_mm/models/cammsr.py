@@ -8,7 +8,8 @@ Reference:
 How the paper maps to this file:
 
 =======================================================  ====================================
-Eq. (2)-(4), item vectors x and positions                :meth:`CAMMSR.item_table`
+Eq. (2)-(3), item vectors x                              :meth:`CAMMSR.item_table`
+Eq. (4), positions                                       :meth:`CAMMSR.forward`
 Eq. (5)-(11), experts, attentive gate, category weights  :class:`.CategoryGuidedExperts`
 Eq. (12)-(15), user interest, score                      :meth:`CAMMSR.forward`
 Eq. (16)-(18), modality swap contrast                    :meth:`CAMMSR.calculate_loss`
@@ -130,7 +131,11 @@ class CAMMSR(MultimodalSequentialRecommender):
 
         # layers, in the order in which the data meets them
         self.item_embedding = nn.Embedding(self.n_items, self.hidden_size, padding_idx=0)
-        self.project = ModalityProjection(features, self.hidden_size) if names else None
+        self.project = (
+            ModalityProjection(features, self.hidden_size, norm=self.feature_norm)
+            if names
+            else None
+        )
         self.position_embedding = nn.Embedding(self.max_seq_length, self.hidden_size)  # p
         try:
             self.fuse = CategoryGuidedExperts(

@@ -144,7 +144,11 @@ class MDSRec(MultimodalSequentialRecommender):
 
             # layers, in the order in which the data meets them
             self.item_embedding = nn.Embedding(self.n_items, hidden_size, padding_idx=0)  # E
-            self.project = ModalityProjection(features, hidden_size) if names else None  # W
+            self.project = (
+                ModalityProjection(features, hidden_size, norm=self.feature_norm)  # W
+                if names
+                else None
+            )
             self.relations = ItemRelations(
                 *_block_diagonal(carried),
                 n_modalities=len(self.modality_names),

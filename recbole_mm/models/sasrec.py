@@ -60,7 +60,7 @@ class SASRecFast(MultimodalSequentialRecommender):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """RecBole's: the padding row is drawn too, and stays (it receives no gradient as input)."""
+        """RecBole's: the padding row is drawn too, and trained as a candidate, not as an input."""
         if isinstance(module, nn.Embedding):
             module.weight.data.normal_(mean=0.0, std=self.initializer_range)
         else:
@@ -104,7 +104,9 @@ class SASRecMM(SASRecFast):
         super().__init__(config, dataset)
         self.project = None
         if self.features:  # without any it is SASRecFast
-            self.project = ModalityProjection(self.features, config["hidden_size"], hidden_layers=1)
+            self.project = ModalityProjection(
+                self.features, config["hidden_size"], norm=self.feature_norm
+            )
             self.project.apply(self._init_weights)
 
     def item_vectors(self, items: Tensor) -> Tensor:

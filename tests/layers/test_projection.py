@@ -128,6 +128,32 @@ def test_two_layers_are_a_perceptron_and_layer_norm():
     assert_close(model(torch.tensor(3))[0][0], a)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_every_vector_is_given_the_length_that_is_asked_for(dtype):
+    values = torch.tensor([[3.0, -4.0], [300.0, -400.0], [0.0, 0.0]], dtype=dtype)
+    features = FrozenFeatures(values, torch.arange(3), torch.ones(3, dtype=torch.bool), norm=10.0)
+    assert_close(features(torch.arange(3)), torch.tensor([[6.0, -8.0], [6.0, -8.0], [0.0, 0.0]]))
+    assert features.values.tolist() == values.tolist()  # they stay as they are stored
+
+
+def test_a_projection_with_a_length_does_not_see_the_scale_of_its_features():
+    plain = two_modalities()
+    scaled = {
+        name: FrozenFeatures(50 * part.values, part.rows, part.present)
+        for name, part in plain.items()
+    }
+    found = []
+    for features in (plain, scaled):
+        torch.manual_seed(0)
+        found.append(ModalityProjection(features, 6, norm=1.0)(torch.arange(4))[0])
+    assert_close(found[0], found[1])
+
+
+def test_a_length_is_positive():
+    with pytest.raises(ValueError, match="norm must be positive, got 0"):
+        ModalityProjection(two_modalities(), 4, norm=0.0)
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_gradient_is_right_and_absent_features_give_none(layers):
     model = ModalityProjection({"text": frozen()}, 3, layers).double()

@@ -152,7 +152,8 @@ def test_every_term_and_gradient_equals_loops(values):
         )
     features = {
         name: [
-            f.values[f.rows[i]].double() if f.present[i] else None for i in range(len(f.present))
+            8 * f.values[row].double() / f.values[row].double().norm() if present else None
+            for row, present in zip(f.rows, f.present, strict=True)
         ]
         for name, f in dataset.item_features.items()
     }
