@@ -66,6 +66,8 @@ _FLEXIBLE: dict[str, tuple[type, ...]] = {
     "category_field": (str, type(None)),
     "encoding": (str, type(None)),
     "feature_cache_dir": (str, type(None)),
+    "feature_norm": (float, int, type(None)),
+    "swap_pairs": (list, tuple, type(None)),
     "threshold": (dict, type(None)),
     "unload_col": (dict, type(None)),
     "val_interval": (dict, type(None)),
@@ -221,7 +223,7 @@ def _check_ranges(config: Mapping[str, Any]) -> None:
             raise InputError(f"{key} must be a whole number, got {config[key]!r}")
     if config["seed"] >= 2**32:
         raise InputError(f"seed must be below 2 ** 32, got {config['seed']!r}")
-    positive(config, "learning_rate", "initializer_range", "layer_norm_eps")
+    positive(config, "learning_rate", "initializer_range", "layer_norm_eps", "feature_norm")
     share(config, "min_coverage")
     cold = config.get("cold_items")
     if cold and not 0 < cold < 100:
@@ -447,6 +449,11 @@ def _check_ours(config: Mapping[str, Any], model: Any) -> None:
         raise InputError(
             f"n_negatives: {name} has no loss on sampled negatives; leave it out, or give it to "
             "the models that have one (compare: --variants)"
+        )
+    if config.get("feature_norm") and not model.consumes_features:
+        raise InputError(
+            f"feature_norm: {name} reads no features; leave it out, or give it to the models "
+            "that do (compare: --variants)"
         )
     model.check_options(config)
 

@@ -275,6 +275,9 @@ def test_what_recbole_would_trip_over_is_refused(line, match):
     ("values", "match"),
     [
         ({"mfl_batch_items": 1}, "mfl_batch_items must be at least 2"),
+        ({"feature_norm": 0.0}, "feature_norm must be positive"),
+        ({"feature_norm": "unit"}, "feature_norm"),
+        ({"use_id": False}, "no score reads the id embeddings.*collaborative_target: cooccurrence"),
         ({"mfl_pretrain_epochs": -1}, "mfl_pretrain_epochs must be at least 0"),
         ({"loss_memory_mb": 0}, "loss_memory_mb must be at least 1"),
         ({"gbce_t": 2.0}, r"gbce_t must lie in \[0, 1\]"),
@@ -296,6 +299,23 @@ def test_what_recbole_would_trip_over_is_refused(line, match):
 )
 def test_what_our_models_would_trip_over_is_refused(values, match):
     refused(match, values=values)
+
+
+def test_ids_that_no_score_reads_are_no_fault_where_nothing_aligns_with_them():
+    for values in (
+        {"collaborative_target": "cooccurrence"},
+        {"collaborative_weight": 0.0},
+        {"modalities": {}},
+    ):
+        config(values={"use_id": False, **values})
+
+
+def test_the_length_of_features_is_no_key_of_a_model_without_features():
+    refused("SASRecFast reads no features", model="SASRecFast", values={"feature_norm": 1.0})
+
+
+def test_pairs_to_swap_are_a_list():
+    refused("swap_pairs", model="CAMMSR", values={"swap_pairs": 3})
 
 
 @pytest.mark.parametrize(

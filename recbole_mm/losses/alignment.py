@@ -167,6 +167,8 @@ def _present_rows(x: Tensor, present: Tensor | None) -> Tensor:
 
 def _moments(x: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance of the present rows, (..., D) each; 0 where undefined."""
+    if x.dtype in (torch.float16, torch.bfloat16):  # autocast leaves such sums to the caller
+        x = x.float()
     rows = present[..., None]
     mean = masked_mean(x, rows, dim=-2)
     deviation = (x - mean[..., None, :]).masked_fill(~rows, 0.0)

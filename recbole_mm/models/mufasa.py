@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_mm.config_rules import at_least, one_of, positive
+from recbole_mm.errors import InputError
 from recbole_mm.explain import Table, by_activity, by_category, weight_columns
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.models.base import MultimodalSequentialRecommender
@@ -91,6 +92,15 @@ class MUFASA(MultimodalSequentialRecommender):
         positive(values, "temperature", "structure_temperature")
         one_of(values, "collaborative_target", COLLABORATIVE_TARGETS)
         one_of(values, "distribution", DISTRIBUTIONS)
+        aligns_ids = (
+            values.get("collaborative_target") == "id" and values.get("collaborative_weight") != 0
+        )
+        if values.get("use_id") is False and aligns_ids and values.get("modalities"):
+            raise InputError(
+                "use_id: False with collaborative_target: id: no score reads the id embeddings, so "
+                "that who is consumed together never reaches them; set collaborative_target: "
+                "cooccurrence, or collaborative_weight: 0"
+            )
         one_of(values, "selection", SELECTIONS)
         one_of(values, "compression", COMPRESSIONS)
         one_of(values, "position", POSITIONS)
@@ -121,7 +131,9 @@ class MUFASA(MultimodalSequentialRecommender):
                     "anchor_modality: %r is none of the modalities %s; %s anchors them",
                     *(anchor, ", ".join(names), names[0]),
                 )
-            self.project = ModalityProjection(self.features, hidden_size, hidden_layers=2)
+            self.project = ModalityProjection(
+                self.features, hidden_size, hidden_layers=2, norm=self.feature_norm
+            )
             self.fusion = MultimodalFusion(
                 hidden_size,
                 self.anchor,
@@ -197,7 +209,9 @@ class MUFASA(MultimodalSequentialRecommender):
 
     def _check_frozen(self, config: Config) -> None:
         pretrained = self.fusion_losses is not None and config["mfl_pretrain_epochs"] > 0
-        if self.features.names and not pretrained:
+        if not self.features.names:
+            return  # there is no fusion layer
+        if not pretrained:
             raise ValueError(
                 "freeze_mfl: True keeps the fusion layer as pre-training left it, and there is no "
                 "pre-training; set mfl_pretrain_epochs and a loss weight above 0, or freeze_mfl: "

@@ -158,7 +158,8 @@ class InterestLayer(nn.Module):
     The cost is linear in ``L``, and nothing but the centres and the attention to them is computed
     for padding. Centres see the whole row, later positions too: this is not causal. With
     ``running`` every position has centres of its own, those of the row up to there; the last one's
-    are the same in both.
+    are the same in both. They cost what grows with :math:`L^2 / 32`, sums of blocks for each
+    position, and the maps of queries and keys are computed for padding too.
 
     Source: [inferred: LightSANs], ``running`` [ours]; attention and feed-forward layer as in
     :class:`~recbole_mm.layers.encoder.TransformerLayer`, save the bias of the keys.

@@ -101,7 +101,8 @@ class SparseAlignmentAttention(nn.Module):
     A branch switched off has neither parameters nor compute. Without the block level, selection
     goes by the mean of the keys of a block, and no gradient reaches that choice.
 
-    The key map has no bias: it would add the same to all scores of a query.
+    The key map has no bias: it would add the same to all scores of a query, and with ``rotary`` a
+    preference by distance alone, which the positions give already [ours].
 
     ``rotary`` turns queries and keys by their positions (:func:`.rotate`), a block's key by that of
     its middle: then x needs no position of its own, and a position beyond those of training is

@@ -208,3 +208,10 @@ def test_settings_and_shapes_that_do_not_fit_are_refused():
         uniformity(x, t=-1)
     with pytest.raises(ValueError, match=r"present \(5,\) does not fit the rows \(8,\)"):
         variance_hinge(x, present=torch.ones(5, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("loss", [gaussian_moments, variance_hinge])
+def test_moments_of_half_precision_are_summed_in_single(loss):
+    """Autocast hands the rows over in bfloat16, whose three digits a variance does not survive."""
+    x = torch.randn(256, 8).bfloat16()
+    assert_close(loss(x), loss(x.float()))

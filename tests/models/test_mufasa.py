@@ -15,7 +15,7 @@ def batch_of(world):
 
 def world_of(build):
     """A world whose model has no ids and every fourth item neither text nor image."""
-    world = build("MUFASA", use_id=False)
+    world = build("MUFASA", use_id=False, collaborative_target="cooccurrence")
     blank = torch.zeros(world.model.n_items, dtype=torch.bool)
     blank[1::4] = True
     for features in world.model.project.features.values():

@@ -43,7 +43,7 @@ def test_the_simplest_multimodal_model_connects_them_too():
 
 @pytest.mark.slow
 def test_content_alone_is_enough():
-    assert hit3("MUFASA", use_id=False) > 0.6
+    assert hit3("MUFASA", use_id=False, collaborative_target="cooccurrence") > 0.6
 
 
 @pytest.mark.slow
