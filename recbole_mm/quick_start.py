@@ -23,6 +23,8 @@ from recbole.utils import ModelType, init_seed
 from recbole_mm import compat, distributed, explain, protocol, serving
 from recbole_mm.checkpoint import Checkpoint
 from recbole_mm.config import Config, reads_columns, reads_features
+from recbole_mm.data.batches import count_targets
+from recbole_mm.data.cold_start import keep_histories
 from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import EnvironmentFault, InputError, OutOfMemory, RecboleMMError
 from recbole_mm.run_folder import DAMAGED, RunFolder, environment
@@ -288,6 +290,14 @@ def _make(config: Config) -> _Made:
     config["eval_batch_size"] *= _eval_batch_unit(config, dataset.item_num)
     with _recboles_refusals(config):
         loaders = data_preparation(config, dataset)
+    count_targets(loaders[0], config["train_batch_size"])
+    processes = distributed.n_processes()
+    if (rows := getattr(loaders[0], "step", processes)) < processes:
+        raise InputError(
+            f"train_batch_size {config['train_batch_size']} makes batches of {rows} rows, which "
+            f"{processes} processes share: each needs one; raise it"
+        )
+    keep_histories(loaders)
     rules = protocol.describe(config, tuple(loader._dataset for loader in loaders))
     if not rules.test_users:
         split = config["eval_args"]["split"]
@@ -473,6 +483,12 @@ def _resume(
         for key in before.keys() & now.keys() - MAY_CHANGE
         if before[key] != now[key]
     ]
+    # RecBole validates after the last epoch at the latest, wherever that was
+    if min(before["eval_step"], before["epochs"]) != min(now["eval_step"], now["epochs"]):
+        differing.append(
+            f"epochs ({before['epochs']} then, {now['epochs']} now: with an eval_step of "
+            f"{now['eval_step']} epochs that were validated would not have been)"
+        )
     if differing:
         raise InputError(
             f"{folder}: a resumed run goes on as it began, but these keys differ: "

@@ -432,7 +432,16 @@ class TrainerMixin:
         model_file: str | None = None,
         show_progress: bool = False,
     ) -> Any:
-        """RecBole's evaluation, of the best epoch's weights if ``load_best_model``."""
+        """RecBole's evaluation, of the best epoch's weights if ``load_best_model``.
+
+        Raises:
+            InputError: If ``model_file`` is given: RecBole would unpickle it.
+        """
+        if model_file is not None:
+            raise InputError(
+                f"model_file: {model_file!r} is not read; recbole_mm.open_run(folder) gives the "
+                "model of a run with its best weights"
+            )
         if load_best_model:
             self._load_best()
         collector = self.eval_collector

@@ -19,7 +19,9 @@ import torch
 import torch.distributed as dist
 
 from recbole_mm import cli, distributed
+from recbole_mm.config import Config
 from recbole_mm.errors import EnvironmentFault, InputError, NumericalError
+from recbole_mm.quick_start import _make
 
 RANKS = ["NDCG", "MRR", "Hit", "GAUC", "ItemCoverage", "GiniIndex"]
 QUICK = {
@@ -235,6 +237,14 @@ def test_what_several_processes_cannot_do_is_refused_before_they_start(
     monkeypatch.setattr(distributed, "launch", lambda *_: pytest.fail("started"))
     assert cli.main(["run", "--nproc", "2", "--dataset=tiny", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_each_process_needs_a_window(monkeypatch):
+    """Ten targets are one window of `tiny`: nothing to share, though ten are more than two."""
+    monkeypatch.setattr(distributed, "n_processes", lambda: 2)
+    values = {"train_objective": "all", "train_batch_size": 10}
+    with pytest.raises(InputError, match="train_batch_size 10 makes batches of 1 rows, which 2"):
+        _make(Config("SASRecFast", "tiny", config_dict=values))
 
 
 def test_what_cannot_be_sent_to_other_processes_is_refused():

@@ -68,6 +68,18 @@ def test_a_run_that_is_read_back_scores_as_it_did(model, folder):
     assert dict(found) == saved
 
 
+def test_a_run_that_is_read_back_has_the_batches_of_its_training(folder):
+    config, _, (train, *_), _ = open_run(folder("MDSRec"))
+    rows = train._dataset.inter_feat
+    assert train.step == round(config["train_batch_size"] * len(rows) / len(rows.targets()))
+
+
+def test_a_pickle_of_recboles_is_not_scored(folder, build_trainer):
+    trainer = build_trainer("SASRecFast")
+    with pytest.raises(InputError, match=r"model_file: 'model\.pth' is not read; .*open_run"):
+        trainer.evaluate(None, model_file="model.pth")
+
+
 @pytest.mark.parametrize("model", [*MODELS, "SASRec", "BERT4Rec", "BPR", "FM", "KGAT", "SASRecF"])
 def test_a_resolved_configuration_resolves_to_itself(model, tmp_path):
     values = {"selected_features": ["categories"]} if model == "SASRecF" else {}

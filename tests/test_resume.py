@@ -234,6 +234,13 @@ def test_a_finished_run_can_be_given_more_epochs(whole, tmp_path):
     assert result["epochs"] == 5
 
 
+def test_more_epochs_are_refused_where_recbole_would_have_validated_others(whole, tmp_path):
+    """RecBole validates after min(eval_step, epochs) epochs: 3 here, 4 in a run of 8."""
+    folder = shutil.copytree(whole("SASRecFast", eval_step=4), tmp_path / "run")
+    with pytest.raises(InputError, match=r"epochs \(3 then, 8 now: with an eval_step of 4"):
+        recbole_mm.run(resume=folder, config_dict={"epochs": 8})
+
+
 def test_a_run_that_is_killed_in_its_further_epochs_is_not_finished(whole, tmp_path, killed_at):
     folder = shutil.copytree(whole("SASRecFast"), tmp_path / "run")
     killed_at(2)

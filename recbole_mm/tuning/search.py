@@ -259,7 +259,7 @@ def _check_alike(result: Mapping[str, Any], earlier: Sequence[Record]) -> None:
     if not result["best_valid_result"]:
         raise InputError(
             f"a trial of {result['model']} on {result['dataset']} was not validated: no user "
-            "is long enough for a validation row, or eval_step exceeds epochs"
+            "is long enough for a validation row, or epochs is 0"
         )
     for other in earlier:
         if other["protocol"] is not None:
