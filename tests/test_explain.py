@@ -74,8 +74,8 @@ def test_a_run_that_is_read_back_has_the_batches_of_its_training(folder):
     assert train.step == round(config["train_batch_size"] * len(rows) / len(rows.targets()))
 
 
-def test_a_pickle_of_recboles_is_not_scored(folder, build_trainer):
-    trainer = build_trainer("SASRecFast")
+def test_a_pickle_of_recboles_is_not_scored(build_trainer):
+    trainer, _ = build_trainer("SASRecFast")
     with pytest.raises(InputError, match=r"model_file: 'model\.pth' is not read; .*open_run"):
         trainer.evaluate(None, model_file="model.pth")
 
