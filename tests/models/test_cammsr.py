@@ -97,6 +97,10 @@ def handmade(targets_everywhere):
     return histories, [targets[-1] for targets in following], Interaction(columns)
 
 
+def lengthened(vector, length):
+    return vector if length is None else length * vector / vector.norm()
+
+
 TINY = {"hidden_size": 4, "inner_size": 6, "n_layers": 1, "n_heads": 2, "n_experts": 2}
 PRINTED = yaml.safe_load((PROPERTIES / "ablation/CAMMSR/paper_values.yaml").read_text())
 WHOLE = {
@@ -152,7 +156,7 @@ def test_every_term_and_gradient_equals_loops(values):
         )
     features = {
         name: [
-            8 * f.values[row].double() / f.values[row].double().norm() if present else None
+            lengthened(f.values[row].double(), config["feature_norm"]) if present else None
             for row, present in zip(f.rows, f.present, strict=True)
         ]
         for name, f in dataset.item_features.items()

@@ -88,7 +88,7 @@ def test_item_table_equals_loop_reference_in_value_and_gradient(world, use_id, n
                 look = w.dataset.item_features[name]
                 linear = model.project.project[name]
                 f = look.values[look.rows[i]].double()
-                content = linear.weight @ (f / f.norm()) + linear.bias
+                content = linear.weight @ (8 * f / f.norm()) + linear.bias
                 present = look.present[i]
             vectors.append(content + carried[i] if present else torch.zeros_like(E[i]))
         blocks.append(torch.stack(vectors))
