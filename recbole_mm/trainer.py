@@ -118,7 +118,7 @@ class TrainerMixin:
         Returns:
             Score and result of validation at the best epoch.
         """
-        count_targets(train_data, self.config["train_batch_size"])
+        count_targets(train_data, self.config["train_batch_size"])  # one from elsewhere, too
         self._loaders = loaders_of(train_data)
         tokens = train_data._dataset.field2id_token[self.config["ITEM_ID_FIELD"]]
         self._items, self._n_items = fingerprint(tokens), len(tokens) - 1

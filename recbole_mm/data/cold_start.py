@@ -9,7 +9,7 @@ Shapes: T interactions, N items (row 0 is padding).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,19 +84,24 @@ def keep_histories(loaders: Sequence[Any]) -> None:
         loaders: Of training, validation and test.
     """
     train = loaders[0]._dataset
-    left_out = getattr(train, "left_out", None)
-    if left_out is None or isinstance(train, SequentialDataset):
+    if train.left_out is None or isinstance(train, SequentialDataset):
         return
     seen: dict[int, set[int]] = {}
-    for user, item in zip(left_out[0].tolist(), left_out[1].tolist(), strict=True):
+    for user, item in zip(*(ids.tolist() for ids in train.left_out), strict=True):
         seen.setdefault(user, set()).add(item)
     for loader in loaders[1:]:
-        histories = getattr(loader, "uid2history_item", None)
-        sampler = getattr(loader, "_sampler", None)
-        for user, items in seen.items():
-            if histories is not None and histories[user] is not None:
-                targets = set(loader.uid2positive_item[user].tolist())
-                whole = set(histories[user].tolist()) | (items - targets)
-                histories[user] = torch.tensor(sorted(whole), dtype=torch.int64)
-            elif histories is None and sampler is not None:  # candidates are drawn
-                sampler.used_ids[user] = sampler.used_ids[user] | items
+        if hasattr(loader, "uid2history_item"):
+            _lengthen(loader, seen)
+        elif loader._sampler is not None:  # candidates are drawn
+            for user, items in seen.items():
+                loader._sampler.used_ids[user] = loader._sampler.used_ids[user] | items
+
+
+def _lengthen(loader: Any, seen: Mapping[int, set[int]]) -> None:
+    """Add to the histories of a full-ranking loader, whose users are not all, what is no target."""
+    histories = loader.uid2history_item
+    for user, items in seen.items():
+        if histories[user] is not None:
+            targets = set(loader.uid2positive_item[user].tolist())
+            whole = set(histories[user].tolist()) | (items - targets)
+            histories[user] = torch.tensor(sorted(whole), dtype=torch.int64)

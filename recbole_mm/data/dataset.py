@@ -92,6 +92,7 @@ class MultimodalDataset(Dataset):
         self._codes: dict[str, NDArray[np.int64]] = {}
         self._bad_times = 0
         self._is_cold: NDArray[np.bool_] | None = None
+        self.left_out: tuple[Tensor, Tensor] | None = None  # users and items, of the training part
         self._items_without_row: int | None = None
         # shared by the parts of a split, which are shallow copies
         self._side_information: dict[str, Any] = {}

@@ -109,10 +109,16 @@ class ModalityProjection(nn.Module):
     Source: one layer as CAMMSR, arXiv 2603.04320, Eq. (2)-(4) [paper]; two layers for MUFASA's
     fusion layer [ours]. An absent feature gives exactly zero and ``present`` False.
 
+    Encoders differ in the length of their vectors, 1 from sentence encoders, 10 from CLIP, and with
+    it in the scale of what a projection starts from and in how far a step of Adam moves it:
+    ``norm`` makes the model independent of that length. [ours]
+
     Args:
         features: Vectors of each modality, in the order of the output.
         hidden_size: Width ``D`` of the output.
         hidden_layers: 1 (linear) or 2 (perceptron and layer norm).
+        norm: Length that each feature vector is given before it is projected; ``None`` for the
+            stored one.
 
     Shape:
         - items: any shape, int64 in [0, N)

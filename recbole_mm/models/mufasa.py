@@ -121,7 +121,7 @@ class MUFASA(MultimodalSequentialRecommender):
             and weights["collaborative_weight"] > 0
             and config["collaborative_target"] == "id"
         )
-        if self.use_id or self.aligns_ids:
+        if self.use_id:
             self.item_embedding = nn.Embedding(self.n_items, hidden_size, padding_idx=0)  # e
         if names:
             anchor = config["anchor_modality"]
@@ -208,10 +208,9 @@ class MUFASA(MultimodalSequentialRecommender):
         )
 
     def _check_frozen(self, config: Config) -> None:
-        pretrained = self.fusion_losses is not None and config["mfl_pretrain_epochs"] > 0
         if not self.features.names:
             return  # there is no fusion layer
-        if not pretrained:
+        if self.fusion_losses is None or config["mfl_pretrain_epochs"] == 0:
             raise ValueError(
                 "freeze_mfl: True keeps the fusion layer as pre-training left it, and there is no "
                 "pre-training; set mfl_pretrain_epochs and a loss weight above 0, or freeze_mfl: "

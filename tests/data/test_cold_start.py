@@ -129,9 +129,7 @@ def test_what_a_user_had_seen_of_cold_items_is_no_candidate_of_a_general_model(p
     n_cold = 0
     for back, loader in ((2, loaders[1]), (1, loaders[2])):
         for user, rows in frame.groupby("user", sort=False):
-            if (
-                len(rows) < back + 2
-            ):  # of three the last is tested, of four the one before validated
+            if len(rows) < back + 2:  # the last of three is tested, that before of four validated
                 continue
             past, target = set(rows["item"][:-back]), rows["item"].iloc[-back]
             number = list(users).index(user)
