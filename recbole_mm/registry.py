@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import recbole
+from recbole.model.abstract_recommender import AbstractRecommender
 
 from recbole_mm import compat
 from recbole_mm.errors import InputError, nearest
@@ -54,20 +56,29 @@ def get_model(name: str) -> type:
     return model
 
 
+def is_model(given: Any) -> bool:
+    """Whether this is the class of a model as RecBole knows them."""
+    return isinstance(given, type) and issubclass(given, AbstractRecommender)
+
+
 def model_of_run(name: str, folder: Path, given: type | None = None) -> type:
     """The model class of a run folder: the one that is given, or else the one that it names.
 
     Raises:
         InputError: If the name is that of a user's class, which no folder holds, or if what is
-            given is no class.
+            given is no model's class, or that of another model.
     """
-    if isinstance(given, type):
-        return given
     if given is not None:
-        raise InputError(
-            f"model: takes the class of the model, got {given!r}; leave it out for a model of this "
-            "package or of RecBole"
-        )
+        if not is_model(given):
+            raise InputError(
+                f"model: takes the class of the model, got {given!r}; leave it out for a model of "
+                "this package or of RecBole"
+            )
+        if given.__name__ != name:
+            raise InputError(
+                f"{folder} is a run of {name}, not of {given.__name__}; give the class of that name"
+            )
+        return given
     if name not in model_names():
         raise InputError(
             f"{folder}: {name!r} is no model of this package or of RecBole; give its class, "

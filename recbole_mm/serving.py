@@ -213,6 +213,8 @@ class Recommender:
             raise InputError(f"k must be a whole number, got {k!r}")
         if not 1 <= k < len(self.items):
             raise InputError(f"k must lie between 1 and {len(self.items) - 1}, got {k!r}")
+        if isinstance(histories, (str, bytes)) or not hasattr(histories, "__iter__"):
+            raise InputError(f"histories must be a list of lists of item tokens, got {histories!r}")
         masked = self.config["mask_history"] if mask_history is None else mask_history
         ids = [self._ids(n, history, skip_unknown) for n, history in enumerate(histories)]
         memory = (self.config["eval_memory_mb"] or 512) << 20
@@ -295,6 +297,7 @@ def load(
     if not run.has_weights:
         raise InputError(f"{path}: has no model.safetensors, its run saved no epoch; run it anew")
     config = _StoredConfig(run.read_config(), device)
+    model_class = model_of_run(config["model"], path, model)
     ids = run.read_json("ids.json")
     kept = Checkpoint({}, {"features": {}, "categories": None, "graphs": None})
     if (path / ITEMS).is_file():
@@ -304,7 +307,6 @@ def load(
     if not isinstance(items, list):
         raise InputError(f"{path / 'ids.json'}: has no list of items; {DAMAGED}")
     _check(path, saved.about, kept.about, config, items)
-    model_class = model_of_run(config["model"], path, model)
     with compat.without_recboles_warnings():
         compat.set_numpy_names()
         net: Any = model_class(config, StoredItems(config, ids, kept))

@@ -14,6 +14,7 @@ from recbole_mm import serving
 from recbole_mm.checkpoint import read, write
 from recbole_mm.config import DATASETS
 from recbole_mm.errors import InputError, NumericalError
+from recbole_mm.registry import get_model
 
 QUICK = {
     "epochs": 1,
@@ -121,6 +122,7 @@ def test_histories_are_answered_in_pieces_that_fit_the_memory(folder, monkeypatc
         (([1, 2],), "history 0 is int, not a list of item tokens: 1"),
         (([b"i001"],), "is a text, not a list"),
         (([iter(["i001"])],), "history 0 is list_iterator, not a list"),
+        *((((given),), "histories must be a list of lists") for given in (None, "i001", 3)),
     ],
 )
 def test_impossible_questions_are_refused(arguments, message, folder):
@@ -168,6 +170,15 @@ def test_weights_of_another_model_are_refused(copied, folder):
     shutil.copy(folder("SASRecFast")[0] / "model.safetensors", copied)
     with pytest.raises(InputError, match=r"differ in model \('SASRecFast'.*features \(\{\}"):
         recbole_mm.load(copied)
+
+
+@pytest.mark.parametrize("reader", [recbole_mm.load, recbole_mm.open_run])
+def test_another_class_than_that_of_the_run_is_refused(reader, copied, caplog):
+    with pytest.raises(InputError, match="is a run of SASRecMM, not of SASRecFast"):
+        reader(copied, model=get_model("SASRecFast"))
+    with pytest.raises(InputError, match="takes the class of the model, got <class 'dict'>"):
+        reader(copied, model=dict)
+    assert not caplog.text
 
 
 def test_another_item_set_is_refused(copied):
