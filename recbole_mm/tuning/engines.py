@@ -273,7 +273,8 @@ def _study(
             f"storage {url!r} is no database URL ({error}); for example sqlite:///study.db"
         ) from error
     except (ImportError, SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise EnvironmentFault(f"storage {url!r}: {error}") from error
+        # without the statement that SQLAlchemy appends
+        raise EnvironmentFault(f"storage {url!r}: {getattr(error, 'orig', error)}") from error
     return study, queue_again
 
 

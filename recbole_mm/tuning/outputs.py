@@ -10,7 +10,7 @@ import pandas as pd
 import yaml
 
 from recbole_mm.config import NO_NUMBERS, Config, _from_text
-from recbole_mm.errors import NumericalError, OutOfMemory
+from recbole_mm.errors import InputError, NumericalError, OutOfMemory
 from recbole_mm.tuning.search import Record, Search, write_text
 from recbole_mm.tuning.space import Parameter
 
@@ -21,6 +21,7 @@ def write_outputs(search: Search, config: Config, records: Sequence[Record]) -> 
     Raises:
         NumericalError: If every trial failed; table and page are written all the same.
         OutOfMemory: Likewise, if all of them failed for lack of memory.
+        InputError: Likewise, if no configuration may have the values of any of them.
     """
     best = search.best(records)
     write_text(search.folder / "trials.csv", _table(search, records).to_csv(index=False))
@@ -29,6 +30,8 @@ def write_outputs(search: Search, config: Config, records: Sequence[Record]) -> 
         said = f"all {len(records)} trials failed, the first with: {records[0]['error']}"
         if all(record.get("out_of_memory") for record in records):
             raise OutOfMemory(said)
+        if all(record.get("impossible") for record in records):
+            raise InputError(f"{said}; mend the search space")
         raise NumericalError(f"{said}; narrow the search space, learning_rate first")
     record = records[best]
     path = search.out / search.settings["dataset"] / f"{search.settings['model']}.yaml"

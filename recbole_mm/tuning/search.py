@@ -31,7 +31,8 @@ Record = dict[str, Any]
 """A trial as plain data: ``values``, ``scores`` (of each seed), ``score`` and ``valid`` (means over
 the seeds; all three ``None`` if it failed), ``error`` (``None`` if it did not), ``best_epoch`` and
 ``epochs`` (means), ``seconds`` (in all), ``protocol`` (of the first seed); of a failed one
-``out_of_memory``, too: whether that was why."""
+``out_of_memory`` and ``impossible``, too: whether that was why, or values that do not go
+together."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Search:
             InputError: as :func:`check_same`
         """
         path = self.folder / "search.json"
-        if not path.is_file():
+        if not path.is_file() or [*self.folder.iterdir()] == [path]:  # refused before any trial
             write_text(path, json.dumps(self.settings, indent=1) + "\n")
         # also after writing: another process may have begun a search here at the same time
         check_same(files.read_json(path), self.settings, self.folder)
@@ -130,8 +131,13 @@ class Search:
                     _check_alike(results[0], earlier)
         except _FAILURES as error:
             seconds = round(time.perf_counter() - started, 2)
-            memory = isinstance(error, OutOfMemory)
-            return {**record, "error": str(error), "out_of_memory": memory, "seconds": seconds}
+            return {
+                **record,
+                "error": str(error),
+                "out_of_memory": isinstance(error, OutOfMemory),
+                "impossible": isinstance(error, _ImpossibleError),
+                "seconds": seconds,
+            }
         finally:
             log.setLevel(level)
         valid = [result["best_valid_result"] for result in results]

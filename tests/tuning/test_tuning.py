@@ -462,6 +462,20 @@ def test_wrong_options_are_refused_before_the_first_trial(tune, options, message
     assert not runs.calls
 
 
+def test_a_search_that_was_refused_does_not_stand_in_the_way_of_another(tune):
+    with pytest.raises(InputError, match="no database URL"):
+        tune(Runs(), storage="x.db")
+    assert tune(Runs(), SMALL, trials=2)["trials"] == 2
+    with pytest.raises(InputError, match="holds a search with other settings"):
+        tune(Runs(), trials=2)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_space_without_a_possible_configuration_is_bad_input(tune, engine):
+    with pytest.raises(InputError, match=r"all 2 trials failed.*n_heads must divide hidden_size"):
+        tune(Runs(), "n_heads choice [3,7]\n", engine, trials=2)
+
+
 @pytest.mark.parametrize(("engine", "package"), tuning.ENGINES.items())
 def test_a_missing_package_names_its_extra(tune, monkeypatch, engine, package):
     monkeypatch.setattr(tuning, "version", lambda name: "99.0")
