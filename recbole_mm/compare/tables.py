@@ -398,6 +398,8 @@ def caption(table: Table, marks: dict[str, str]) -> list[str]:
         *_tuned_lines(table),
         *_budget_lines(table),
     ]
+    if table.has_cold_targets:
+        lines.append("Cold targets: those that occur in no training row, the newest items mostly.")
     names = {m: reference.label for m, reference in table.references.items()}
     if len(table.rows) > 1:
         if table.fixed_reference:
@@ -444,12 +446,13 @@ def _tuned_lines(table: Table) -> Iterator[str]:
 
 def _budget_lines(table: Table) -> Iterator[str]:
     """What sets how long rows were trained and what they read, where they differ in it."""
-    trained = [row for row in table.rows if row.results[0]["epochs"] > 1]
-    for key in ("MAX_ITEM_LIST_LENGTH", "epochs", "eval_step", "stopping_step"):
+    for key in ("MAX_ITEM_LIST_LENGTH", "epochs", "eval_step", "stopping_step", "train_batch_size"):
         by_value: dict[str, list[str]] = {}
-        for row in trained:
-            value = row.outcomes[0].cell.values.get(key)
-            if value is not None:
+        for row in table.rows:
+            values = row.outcomes[0].cell.values
+            # RecBole's Pop and its like go through the data once, whatever epochs says
+            is_trained = row.results[0]["epochs"] > 1 or values["epochs"] <= 1
+            if is_trained and (value := values.get(key)) is not None:
                 by_value.setdefault(str(value), []).append(row.label)
         if len(by_value) > 1:
             said = "; ".join(f"{value} for {', '.join(of)}" for value, of in by_value.items())

@@ -329,6 +329,7 @@ def test_cold_items_get_a_column_of_their_own(tmp_path):
     assert 0 < len(cold) < len(users)
     text = (tmp_path / "table.md").read_text()
     assert f"cold mrr@20 ({len(cold)} targets)" in text
+    assert "Cold targets: those that occur in no training row" in text
     assert f"{cold['mrr@20'].mean():.4f}" in text
     of_cold = pd.read_csv(tmp_path / "table.csv").query("part == 'test, cold targets'")
     means = of_cold.set_index("metric")["mean"]

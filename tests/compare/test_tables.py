@@ -41,12 +41,12 @@ class World:
         counts = [("user", token, 9) for token in tokens] + [("item", str(i), 3) for i in range(51)]
         self.counts = pd.DataFrame(counts, columns=["kind", "token", "count"])
 
-    def row(self, model, shift, seeds=3, place=1, label=None, values=(), **change):
+    def row(self, model, shift, seeds=3, place=1, label=None, values=(), run=6, **change):
         """Outcomes of a row: those that hit have the target at ``place``, others at 40."""
-        row = Row(label or model, model)
-        return [self.cell(row, shift, seed, place, dict(values), change) for seed in range(seeds)]
+        row, values = Row(label or model, model), {"epochs": 6, **dict(values)}
+        return [self.cell(row, shift, seed, place, values, run, change) for seed in range(seeds)]
 
-    def cell(self, row, shift, seed, place, values, change):
+    def cell(self, row, shift, seed, place, values, run, change):
         # not hash(): that of a text differs from process to process
         draw = np.random.default_rng([seed, *row.label.encode()])
         ranks = np.where(draw.random(USERS) < self.strength + shift, place, 40)
@@ -70,7 +70,7 @@ class World:
             "test_result": {m: float(got.metric(m).mean()) for m in ("ndcg@10", "mrr@10")},
             "best_valid_result": None,
             "best_epoch": 3,
-            "epochs": 6,
+            "epochs": run,
             "parameters": 5,
             "data": {"modalities": []},
         }
@@ -219,6 +219,14 @@ def test_the_caption_says_which_rows_are_tuned_and_where_budgets_differ(tmp_path
         line_about(table, "differ in")
         == "Rows differ in epochs: 40 for SASRec, MUFASA; 60 for GRU4Rec."
     )
+    once, world = {"epochs": 1, "train_batch_size": 64}, World(tmp_path / "once")
+    table = table_of(
+        world.row("Pop", 0.0, values={"epochs": 60, "train_batch_size": 8}, run=1),
+        world.row("SASRec", 0.0, values={"epochs": 60, "train_batch_size": 64}),
+        world.row("MUFASA", 0.0, values=once, run=1),
+    )
+    lines = [line for line in caption(table, MARKS) if "differ in" in line]
+    assert lines == ["Rows differ in epochs: 60 for SASRec; 1 for MUFASA."]
     plain = World(tmp_path / "plain")
     lines = caption(table_of(plain.row("SASRec", 0.0), plain.row("MUFASA", 0.0)), MARKS)
     assert not any("tuned" in line or "differ in" in line for line in lines)
