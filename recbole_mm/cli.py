@@ -357,9 +357,10 @@ def _print_tables(out: str) -> None:
 
 
 def _extract(known: argparse.Namespace, rest: Sequence[str]) -> None:
-    from recbole_mm.config import Config
+    from recbole_mm.config import DATASETS, Config
     from recbole_mm.data.atomic import format_of
     from recbole_mm.data.images import extract_images, item_tokens
+    from recbole_mm.registry import RECBOLE_PROPERTIES
 
     place = [f"--data_path={known.data_path}"] if known.data_path else []
     # where the data set is, how it is written and the device; Pop, since a model must be named,
@@ -367,6 +368,12 @@ def _extract(known: argparse.Namespace, rest: Sequence[str]) -> None:
     values = {"train_objective": "last", "explain": False}
     config = Config("Pop", known.dataset, _files(known), values, [*place, *rest], shared=True)
     folder = Path(config["data_path"])
+    shipped = any(folder.resolve().is_relative_to(p) for p in (DATASETS, RECBOLE_PROPERTIES.parent))
+    if shipped and Path(known.out).name == known.out:
+        raise InputError(
+            f"extract: {folder} comes with a package, and nothing is written there; copy "
+            f"it to a folder of yours, for example data/{known.dataset}, and give --data_path=data"
+        )
     out = Path(known.out)
     tokens = item_tokens(
         folder,
@@ -445,9 +452,12 @@ def _model_and_dataset(
 def _print_result(result: dict[str, Any]) -> None:
     valid = result["best_valid_result"] or {}
     rows = [[name, valid.get(name), value] for name, value in result["test_result"].items()]
+    epochs = "not trained"
+    if result["epochs"]:
+        epochs = f"best epoch {result['best_epoch']}, last {result['epochs'] - 1}"
     title = (
-        f"{result['model']} on {result['dataset']}: best epoch {result['best_epoch']}, last "
-        f"{result['epochs'] - 1}, {result['parameters']:,} parameters, {result['seconds']:.0f} s"
+        f"{result['model']} on {result['dataset']}: {epochs}, {result['parameters']:,} parameters, "
+        f"{result['seconds']:.0f} s"
     )
     print()  # noqa: T201
     print(title)  # noqa: T201

@@ -22,7 +22,7 @@ from recbole_mm.data.derive import text_method
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError, nearest
-from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model, model_of_run
+from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model, is_model, model_of_run
 
 _LOG = logging.getLogger(__name__)
 
@@ -204,6 +204,11 @@ class Config(RecBoleConfig):
         given = model if model is not None else self.external_config_dict.get("model")
         if isinstance(given, str):
             given = get_model(given)
+        elif given is not None and not is_model(given):
+            raise InputError(
+                "model must be a name (recbole-mm models lists them) or a class derived from a "
+                f"model of RecBole or of this package, got {given!r}"
+            )
         name, model_class, data = super()._get_model_and_dataset(given, dataset)
         if not isinstance(data, str) or Path(data).name != data or data in ("", ".", ".."):
             raise InputError(f"dataset must be a plain folder name below data_path, got {data!r}")
@@ -299,7 +304,9 @@ class Config(RecBoleConfig):
     def _set_default_parameters(self) -> None:
         final = self.final_config_dict
         if "data_path" not in self.external_config_dict and (DATASETS / self.dataset).is_dir():
-            final["data_path"] = str(DATASETS)
+            own = Path(final["data_path"], self.dataset, f"{self.dataset}.inter")
+            if not own.is_file():  # a user's own data set of that name goes first
+                final["data_path"] = str(DATASETS)
         for key in ("checkpoint_dir", "data_path"):  # in a YAML file no shell reads the ~
             if isinstance(final[key], str):
                 # where nobody has that name pathlib raises
@@ -353,13 +360,16 @@ class Config(RecBoleConfig):
     def _check_dataset_exists(self) -> None:
         folder = Path(self.final_config_dict["data_path"])
         names = [f"{self.dataset}.inter"]
-        if self.final_config_dict.get("benchmark_filename"):
-            names = [
-                f"{self.dataset}.{part}.inter"
-                for part in self.final_config_dict["benchmark_filename"]
-            ]
+        if parts := self.final_config_dict.get("benchmark_filename"):
+            names = [f"{self.dataset}.{part}.inter" for part in parts]
         for name in names:
             if not (folder / name).is_file():
+                if parts and folder.is_dir():
+                    held = sorted(path.name for path in folder.glob("*.inter"))
+                    raise InputError(
+                        f"benchmark_filename: {parts!r}: {folder / name} does not exist; there are "
+                        f"{', '.join(held) or 'no .inter files'}{nearest(name, held)}"
+                    )
                 above = folder.parent
                 found = (
                     sorted(p.name for p in above.glob("*") if (p / f"{p.name}.inter").is_file())

@@ -24,10 +24,8 @@ OPTIMIZERS = ("adam", "adamw", "sgd", "adagrad", "rmsprop", "sparse_adam")
 RECBOLE_UNWRITTEN = frozenset(
     {
         *("additional_feat_suffix", "benchmark_filename", "discretization", "encoding"),
-        *("numerical_features", "selected_features", "reg_weight", "token_num", "feature_num"),
-        *("train_rec_step", "ui_embedding_size", "xgb_early_stopping_rounds", "config_files"),
-        *("model", "dataset", "device", "single_spec", "MODEL_TYPE", "MODEL_INPUT_TYPE"),
-        *("eval_type", "tail_ratio"),
+        *("numerical_features", "selected_features", "config_files", "model", "dataset", "device"),
+        *("single_spec", "MODEL_TYPE", "MODEL_INPUT_TYPE", "eval_type", "tail_ratio"),
     }
 )
 
@@ -349,6 +347,11 @@ def _check_metrics(config: Mapping[str, Any]) -> None:
 
     if not topk:
         raise InputError("topk must hold at least one positive integer, got []")
+    if config.get("tail_ratio") is not None and "tailpercentage" not in map(str.lower, metrics):
+        raise InputError(
+            f"tail_ratio: {config['tail_ratio']!r} is for the metric TailPercentage, which is not "
+            "among metrics; add it there, or remove the key"
+        )
     name, _, cut = str(config["valid_metric"]).partition("@")
     if name.lower() not in {metric.lower() for metric in metrics}:
         raise InputError(

@@ -254,3 +254,15 @@ def test_a_file_for_runs_serves_extract(tmp_path, capsys):
     arguments = ["extract", "tiny", "--images", str(images), "--config_files", str(file)]
     assert main([*arguments, "--out", str(tmp_path / "i.safetensors")]) == 2
     assert str(images) in capsys.readouterr().err  # what is wrong is the folder, not the file
+
+
+@pytest.mark.parametrize("dataset", ["tiny", "ml-100k"])
+def test_extract_writes_nothing_into_a_package(dataset, tmp_path, capsys):
+    assert main(["extract", dataset, "--images", str(tmp_path)]) == 2
+    assert "comes with a package, and nothing is written there" in capsys.readouterr().err
+
+
+def test_a_run_without_epochs_says_that_nothing_was_trained(tmp_path, capsys):
+    given = [f"--checkpoint_dir={tmp_path}", "--dataset=tiny", "--epochs=0"]
+    assert run_main(["--model=SASRecFast", *given]) == 0
+    assert "SASRecFast on tiny: not trained, " in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -374,7 +375,9 @@ def test_filters_have_no_place_beside_a_data_set_that_comes_split():
     values = {"benchmark_filename": ["a", "b", "c"], "user_inter_num_interval": "[5,inf)"}
     refused("user_inter_num_interval: .* has no effect", values=values)
     values["user_inter_num_interval"] = "[0, inf)"  # filters nothing
-    refused("no data set 'tiny'", values=values)
+    refused(
+        "benchmark_filename: .*tiny.a.inter does not exist; there are tiny.inter", values=values
+    )
 
 
 def test_a_part_of_eval_args_leaves_the_rest_as_it_is(tmp_path):
@@ -646,7 +649,7 @@ def test_a_loss_that_no_model_of_recbole_has_is_refused():
 @pytest.mark.parametrize(
     ("model", "values"),
     [
-        ("BPR", {"tail_ratio": 0.2}),
+        ("BPR", {"metrics": ["NDCG", "TailPercentage"], "tail_ratio": 0.2}),
         ("FEARec", {"contrast": "us_x", "sim": "dot", "tau": 1.0}),
         ("AutoInt", {"has_residual": True}),
         ("DiffRec", {"norm": True}),
@@ -659,6 +662,31 @@ def test_a_loss_that_no_model_of_recbole_has_is_refused():
 def test_keys_that_recbole_reads_and_writes_nowhere_are_kept(model, values):
     config = Config(model, "tiny", None, values)
     assert {key: config[key] for key in values} == values
+
+
+def test_a_key_of_a_metric_needs_the_metric():
+    refused("tail_ratio: 0.2 is for the metric TailPercentage", values={"tail_ratio": 0.2})
+
+
+def test_a_key_of_other_models_is_ignored_with_a_warning(caplog):
+    config(values={"reg_weight": 0.1})
+    assert "reg_weight in config_dict is a key of other models: MUFASA ignores it" in caplog.text
+
+
+@pytest.mark.parametrize("model", [3, dict, ["MUFASA"], Path])
+def test_what_is_no_model_is_refused(model):
+    refused("model must be a name .* or a class derived from a model of RecBole", model=model)
+
+
+def test_a_data_set_of_the_user_goes_before_the_one_that_is_shipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(config()["data_path"]) == DATASETS / "tiny"
+    shutil.copytree(DATASETS / "tiny", tmp_path / "dataset" / "tiny")
+    made = config()
+    assert Path(made["data_path"]).resolve() == tmp_path / "dataset" / "tiny"
+    assert config(None, None, [reusable(made.resolved())])["data_path"] == str(
+        tmp_path / "dataset" / "tiny"
+    )
 
 
 def test_columns_can_be_selected_where_all_are_loaded():
