@@ -1,6 +1,8 @@
 """What a trained model tells of itself: tables and plots below its run folder.
 
 A model takes part by one method, ``explain(material) -> {name: Table}``; everything else is here.
+One that shows the items of its material says so, ``explains_items = True``; for others naming
+items is an error.
 
 =======================  ==========================================================
 what a model is given    :class:`Material`, :func:`gather`

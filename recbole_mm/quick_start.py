@@ -434,7 +434,8 @@ def explain_run(
         The files.
 
     Raises:
-        InputError: as :func:`open_run`, or if the model has no ``explain`` or there is no such item
+        InputError: as :func:`open_run`, or if the model has no ``explain``, shows no single items
+            although some are named, or there is no such item
         EnvironmentFault: If the disk says no, or, after the CSV files are written, if matplotlib
             is missing.
     """
@@ -451,7 +452,12 @@ def _explain(
     loaders: Sequence[Any],
     items: Sequence[str] | None = None,
 ) -> list[Path]:
-    files = explain.write(net.explain(explain.gather(net, dataset, loaders, items)), folder)
+    if items is not None and not getattr(net, "explains_items", False):
+        raise InputError(
+            f"items: what {type(net).__name__} tells of itself is not of single items; leave it out"
+        )
+    material = explain.gather(net, dataset, loaders, items)
+    files = explain.write(net.explain(material), folder)
     _LOG.info("explained in %s: %s", folder / "explain", ", ".join(file.name for file in files))
     return files
 

@@ -514,6 +514,8 @@ def test_what_cannot_be_explained_is_refused_and_nothing_is_written(folder, tmp_
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
     assert main(["explain", str(path), "--items", "nobody"]) == 2
     assert "'nobody' is no item" in capsys.readouterr().err
+    assert main(["explain", str(folder("MUFASA")), "--items", "i005"]) == 2
+    assert "what MUFASA tells of itself is not of single items" in capsys.readouterr().err
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
     arguments = ["--dataset=tiny", "--explain=True", f"--checkpoint_dir={tmp_path / 'saved'}"]
     assert run_main(["--model=SASRecMM", *arguments]) == 2

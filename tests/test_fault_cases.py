@@ -201,9 +201,9 @@ def test_case_13_short_users_are_counted(world):
     done = result(world)
     assert done["protocol"]["test_users"] == 300
     assert done["data"]["lines"][1:4] == [
-        "  train: 2730 rows of 301 users; 1 users too short",
-        "  valid: 300 rows of 300 users; 2 users too short",
-        "  test: 300 rows of 300 users; 2 users too short",
+        "  train: 2730 rows of 301 users; 1 users have none",
+        "  valid: 300 rows of 300 users; 2 users have none",
+        "  test: 300 rows of 300 users; 2 users have none",
     ]
 
 

@@ -158,13 +158,23 @@ class MultimodalDataset(Dataset):
             if self._orders_by_time:
                 required["TIME_FIELD"] = self.config["TIME_FIELD"]
             if isinstance(self, SequentialDataset) and self._list_field is not None:
-                required["the history, with benchmark_filename"] = self._list_field
+                required["LIST_SUFFIX"] = self._list_field
         return required
 
     @property
     def _orders_by_time(self) -> bool:
         ready_made = self.config["benchmark_filename"] is not None
         return not ready_made and self.config["eval_args"]["order"] == "TO"
+
+    def _mend_of_column(self, key: str, source: str) -> str:
+        mend = f"add it to load_col.{source}, or set {key}"
+        if key == "LIST_SUFFIX":
+            return f"{mend}: the parts of benchmark_filename hold the history of each row"
+        if key == "TIME_FIELD" and not isinstance(self, SequentialDataset):
+            return (
+                f"{mend}; without times: eval_args: {{split: {{RS: [0.8, 0.1, 0.1]}}, order: RO}}"
+            )
+        return mend
 
     def _load_feat(self, filepath: str, source: FeatureSource | str) -> pd.DataFrame | None:
         """RecBole's contract: a frame, and the properties of its fields; read by our reader."""
@@ -197,7 +207,7 @@ class MultimodalDataset(Dataset):
             if field not in columns:
                 raise InputError(
                     f"{filepath}: no column {field!r} ({key}) among those to be read: "
-                    f"{', '.join(columns) or 'none'}; add it to load_col.{name}, or set {key}"
+                    f"{', '.join(columns) or 'none'}; {self._mend_of_column(key, str(name))}"
                     f"{'' if field in header else nearest(str(field), header)}"
                 )
             is_id = key in ("USER_ID_FIELD", "ITEM_ID_FIELD")
@@ -744,6 +754,12 @@ class MultimodalDataset(Dataset):
 
     def _item_column(self, field: str) -> list[Any]:
         """Cells of a column of ``.item`` by internal item id; ``()`` where there is none."""
+        header = read_header(str(self._item_file), self._format)
+        if field not in header:
+            raise InputError(
+                f"{self._item_file}: no column {field!r} (category_field); name one of "
+                f"{', '.join(header)}{nearest(field, header)}, or leave the key out"
+            )
         table = read_atomic(self._item_file, self._format, columns=[self.iid_field, field])
         if "float" in table.types[field].value:
             raise InputError(

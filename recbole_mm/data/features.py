@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -422,12 +423,12 @@ def _load(
     if is_bad.any():
         if declared.nan == "error":
             raise InputError(
-                f"{source}: the vectors of {int(is_bad.sum())} items hold NaN or Inf (first: "
+                f"{source}: the vectors of {int(is_bad.sum())} items hold {_NON_FINITE} (first: "
                 f"{_first(tokens, is_bad)}); extract them again, or set `nan: mask` to count "
                 "them as missing"
             )
         present &= ~is_bad
-        _LOG.warning(where, is_bad.sum(), "NaN or Inf", _first(tokens, is_bad), "masked")
+        _LOG.warning(where, is_bad.sum(), _NON_FINITE, _first(tokens, is_bad), "masked")
     if is_zero.any():
         if declared.zero == "mask":
             present &= ~is_zero
@@ -477,6 +478,9 @@ def _refuse_idle_keys(declared: Declaration, kind: str) -> None:
         )
 
 
+_NON_FINITE = "NaN, Inf or numbers too large for float32"
+
+
 def _first(tokens: Sequence[str], mask: Tensor) -> str:
     """Up to three tokens of the items that ``mask`` marks."""
     return ", ".join(repr(tokens[item]) for item in mask.nonzero()[:3, 0].tolist())
@@ -509,10 +513,12 @@ def _check(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, bool]:
         rows: Rows that items use.
 
     Returns:
-        ``(R,)`` bool, the row holds NaN or Inf; ``(R,)`` bool, it is all zero; and whether all
-        used rows are equal. The first two say nothing of a row that nobody uses.
+        ``(R,)`` bool, the row holds NaN, Inf, or numbers so large that its length may overflow;
+        ``(R,)`` bool, it is all zero; and whether all used rows are equal. The first two say
+        nothing of a row that nobody uses.
     """
     n_rows, width = values.shape
+    bound = math.sqrt(torch.finfo(torch.float32).max / width)
     used = torch.zeros(n_rows, dtype=torch.bool)
     used[rows] = True
     non_finite, zero = torch.zeros_like(used), torch.zeros_like(used)
@@ -523,7 +529,7 @@ def _check(values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, bool]:
             continue
         numbers = values[part].float()  # a view where they are float32 already
         low, high = numbers.amin(dim=1), numbers.amax(dim=1)  # both are NaN if a number is
-        non_finite[part] = ~(low.isfinite() & high.isfinite())
+        non_finite[part] = ~((low >= -bound) & (high <= bound))
         zero[part] = (low == 0) & (high == 0)
         if all_equal:
             all_equal = bool(torch.eq(numbers[used[part]], model).all())

@@ -31,7 +31,8 @@ class PartCount:
         users: Users with at least one row.
         rows: Rows that a loader goes through.
         targets: Items to be predicted; more than rows if a training row is a window.
-        without: Users of the data set without a row: their history is too short for this part.
+        without: Users of the data set without a row: with leave-one-out their history is too short
+            for this part, with other splits they also have no time or share in it.
     """
 
     name: str
@@ -43,8 +44,8 @@ class PartCount:
     def line(self) -> str:
         """One line for the terminal."""
         targets = f" with {self.targets} targets" if self.targets != self.rows else ""
-        short = f"; {self.without} users too short" if self.without else ""
-        return f"{self.name}: {self.rows} rows{targets} of {self.users} users{short}"
+        without = f"; {self.without} users have none" if self.without else ""
+        return f"{self.name}: {self.rows} rows{targets} of {self.users} users{without}"
 
 
 @dataclass(frozen=True)

@@ -40,11 +40,14 @@ class MultimodalSequentialDataset(MultimodalDataset, SequentialDataset):
     def __init__(self, config: Any) -> None:
         self._serves_evaluation = False
         if config["benchmark_filename"] is not None:
-            for key, value in (("mask_history", True), ("train_objective", "all")):
+            for key, value, instead in (
+                ("mask_history", True, False),
+                ("train_objective", "all", "last"),
+            ):
                 if config[key] == value:
                     raise InputError(
-                        f"{key}: {value} needs whole histories, but benchmark_filename "
-                        f"gives lists that are cut already; remove one of the two"
+                        f"{key}: {value} needs whole histories, but benchmark_filename gives "
+                        f"lists that are cut already; set {key}: {instead}"
                     )
         super().__init__(config)
 

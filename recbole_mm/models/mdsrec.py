@@ -84,6 +84,7 @@ class MDSRec(MultimodalSequentialRecommender):
         InputError: If a key has an impossible value, or nothing describes an item.
     """
 
+    explains_items: ClassVar[bool] = True
     no_all_positions_reason: ClassVar[str] = (
         "its interest centres see the whole history, later items too "
         "(interest_attention: running makes it see earlier ones only)"

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from recbole_mm.config_rules import at_least, one_of, positive
-from recbole_mm.errors import InputError
+from recbole_mm.errors import InputError, nearest
 from recbole_mm.explain import Table, by_activity, by_category, weight_columns
 from recbole_mm.layers.projection import ModalityProjection
 from recbole_mm.models.base import MultimodalSequentialRecommender
@@ -126,6 +126,8 @@ class MUFASA(MultimodalSequentialRecommender):
         if names:
             anchor = config["anchor_modality"]
             self.anchor = names.index(anchor) if anchor in names else 0
+            if anchor not in names and (meant := nearest(anchor, names)):
+                raise ValueError(f"anchor_modality: {anchor!r} is no modality here{meant}")
             if anchor not in (*names, DEFAULT_ANCHOR):
                 _LOG.warning(
                     "anchor_modality: %r is none of the modalities %s; %s anchors them",

@@ -637,6 +637,8 @@ def test_missing_time_is_refused(make):
     for model in ("SASRec", "BPR"):
         with pytest.raises(InputError, match=r"'timestamp' \(TIME_FIELD\).*load_col.inter"):
             create_dataset(config(model, load_col={"inter": ["user_id", "item_id"]}))
+    with pytest.raises(InputError, match=r"without times: eval_args: .*RS: .*, order: RO}"):
+        create_dataset(config("BPR", load_col={"inter": ["user_id", "item_id"]}))
     order = {"split": {"RS": [0.8, 0.1, 0.1]}, "order": "RO", "mode": "full"}
     create_dataset(config("BPR", load_col={"inter": ["user_id", "item_id"]}, eval_args=order))
 
@@ -804,7 +806,7 @@ def test_short_histories_are_trained_on_first_and_tested_next(make, model):
         ("valid", 2, 3),
         ("test", 3, 2),
     ]
-    assert "valid: 2 rows of 2 users; 3 users too short" in "\n".join(report.lines())
+    assert "valid: 2 rows of 2 users; 3 users have none" in "\n".join(report.lines())
 
 
 def test_users_of_one_interaction_do_not_part_general_models_from_sequential_ones(make):
@@ -1055,9 +1057,11 @@ def test_an_item_of_a_ready_made_list_is_known(make):
     }
 
 
-@pytest.mark.parametrize(("key", "value"), [("mask_history", True), ("train_objective", "all")])
-def test_ready_made_lists_have_no_whole_history(make, key, value):
-    with pytest.raises(InputError, match=f"{key}.*benchmark_filename"):
+@pytest.mark.parametrize(
+    ("key", "value", "mend"), [("mask_history", True, False), ("train_objective", "all", "last")]
+)
+def test_ready_made_lists_have_no_whole_history(make, key, value, mend):
+    with pytest.raises(InputError, match=f"{key}.*benchmark_filename.*set {key}: {mend}"):
         create_dataset(benchmark(make)(**BENCHMARK, **{key: value}))
 
 
@@ -1089,7 +1093,7 @@ def test_ready_made_parts_of_a_sequential_model_need_lists(make):
     header, rows = "user_id:token item_id:token", [("a", "i1"), ("b", "i2")]
     config = make(**{f"{part}_inter": (header, rows) for part in ("train", "valid", "test")})
     values = {**BENCHMARK, "alias_of_item_id": None}
-    with pytest.raises(InputError, match="no column 'item_id_list'"):
+    with pytest.raises(InputError, match=r"no column 'item_id_list'.*hold the history of each row"):
         create_dataset(config(**values))
     assert create_dataset(config("BPR", **values)).report.items == 2
 
@@ -1170,7 +1174,7 @@ def test_report_counts_what_happened(make):
         "2 rows with the time of an earlier one",
         "4 items without a row in .item",
         "train: 2 rows of 2 users",
-        "valid: 1 rows of 1 users; 1 users too short",
+        "valid: 1 rows of 1 users; 1 users have none",
     ):
         assert part in text
 
@@ -1223,7 +1227,12 @@ def test_no_category_field_gives_no_categories(catalogue):
 
 
 @pytest.mark.parametrize(
-    ("field", "found"), [("tag", "'tags'"), ("price", "of type float"), ("nothing", "price")]
+    ("field", "found"),
+    [
+        ("tag", r"no column 'tag' \(category_field\).*'tags'"),
+        ("price", "of type float"),
+        ("nothing", "price"),
+    ],
 )
 def test_bad_category_field_is_refused(catalogue, field, found):
     with pytest.raises(InputError, match=found):

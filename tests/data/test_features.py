@@ -296,7 +296,10 @@ def test_case_19_non_finite_vector_is_an_error_with_its_items(tmp_path, bad):
     values = VALUES.clone()
     values[1, 2] = values[3, 0] = bad
     npz(tmp_path, ITEMS[1:], values)
-    with pytest.raises(InputError, match=r"of 2 items hold NaN or Inf \(first: 'b', 'd'\).*nan: m"):
+    with pytest.raises(
+        InputError,
+        match=r"of 2 items hold NaN, Inf or .* \(first: 'b', 'd'\).*nan: m",
+    ):
         load(tmp_path, path="f.npz")
 
 
@@ -308,7 +311,7 @@ def test_case_19_non_finite_vector_can_be_masked(tmp_path, caplog):
     assert features.present.tolist() == [False, True, False, True, True]
     assert features.rows.tolist() == [0, 0, 0, 2, 3]
     assert (features.report.nonfinite, features.report.missing) == (1, 1)
-    assert "1 of 4 items have NaN or Inf" in caplog.text
+    assert "1 of 4 items have NaN, Inf or" in caplog.text
 
 
 def test_non_finite_vector_of_a_stranger_does_not_matter(tmp_path):
@@ -318,8 +321,18 @@ def test_non_finite_vector_of_a_stranger_does_not_matter(tmp_path):
 
 def test_float64_too_large_for_float32_is_an_infinity(tmp_path):
     npz(tmp_path, ITEMS[1:], np.full((4, 2), 1e300))
-    with pytest.raises(InputError, match="of 4 items hold NaN or Inf"):
+    with pytest.raises(InputError, match="of 4 items hold NaN, Inf or"):
         load(tmp_path, path="f.npz")
+
+
+@pytest.mark.parametrize("number", [1e30, -1e30])
+def test_a_vector_whose_length_is_beyond_float32_is_no_vector(tmp_path, number):
+    values = torch.cat([VALUES[:3], torch.full((1, 3), number)])
+    npz(tmp_path, ITEMS[1:], values)
+    with pytest.raises(InputError, match=r"of 1 items hold NaN, Inf or .*\(first: 'd'\)"):
+        load(tmp_path, path="f.npz")
+    npz(tmp_path, ITEMS[1:], values.clamp(-1e18, 1e18))
+    assert load(tmp_path, path="f.npz").present[1:].all()
 
 
 def test_case_20_all_zero_vectors_are_counted_and_kept(tmp_path, caplog):

@@ -117,8 +117,10 @@ def test_neighbours_are_those_who_follow_each_other_the_target_among_them(build,
 
 
 def test_an_anchor_that_is_no_modality_is_told(build, caplog):
-    model = build("MUFASA", anchor_modality="txet").model
-    assert "anchor_modality: 'txet' is none of the modalities text, image; text anchors" in (
+    with pytest.raises(ValueError, match="'txet' is no modality here; did you mean 'text'"):
+        build("MUFASA", anchor_modality="txet")
+    model = build("MUFASA", anchor_modality="audio").model  # left out of this run, perhaps
+    assert "anchor_modality: 'audio' is none of the modalities text, image; text anchors" in (
         caplog.text
     )
     assert model.anchor == 0
