@@ -614,11 +614,13 @@ def _align_by_token(
     found[0] = ABSENT  # padding is no item, whatever a file calls it
     n_found = int((found != ABSENT).sum())
     if not n_found:
+        # archives hold their ids under a fixed name
+        mend = "" if named_by.suffix in (".npz", ".safetensors") else "set `id_col`, or "
         raise InputError(
             f"{named_by}: none of its {len(row_of)} ids is an item of this dataset. "
             f"Ids there: {', '.join(map(repr, list(row_of)[:3]))}; "
             f"items here: {', '.join(map(repr, tokens[1:4]))}. Both must be the same text "
-            "('3.0' is not '3'); set `id_col`, or write the ids as the .inter file has them"
+            f"('3.0' is not '3'); {mend}write the ids as the .inter file has them"
         )
     return torch.from_numpy(found), len(row_of) - n_found, duplicate
 

@@ -208,6 +208,7 @@ def test_case_15_no_match_shows_both_sides(tmp_path):
         load(tmp_path, numbered([1, 2, 3, 4]), path="f.npz", min_coverage=0)
     message = str(error.value)
     assert "none of its 4 ids is an item" in message
+    assert "id_col" not in message  # an archive has no columns
     assert "'1.0', '2.0', '3.0'" in message
     assert "'1', '2', '3'" in message
     assert "'3.0' is not '3'" in message
