@@ -65,7 +65,7 @@ class Contender:
         count_targets(self.data, config["train_batch_size"])
         self.rows = self.data.step
         self.model = config.model_class(config, self.data._dataset).train()
-        trainer = trainer_class(config["MODEL_TYPE"], config["model"])
+        trainer = trainer_class(config["MODEL_TYPE"], config.model_class)
         self.trainer = trainer(config, self.model, None)
         self.batches = self._endless()
         self.seconds: list[float] = []

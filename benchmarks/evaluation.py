@@ -97,7 +97,7 @@ def make(side: str, n_users: int, n_items: int, batch: int) -> tuple[Any, Users]
         trainer = Trainer(config, model)
     else:
         net = Vectors(model) if side == SIDES[3] else model
-        trainer = trainer_class(config["MODEL_TYPE"], "BPR")(config, net, None)
+        trainer = trainer_class(config["MODEL_TYPE"], BPR)(config, net, None)
     return trainer, Users(config, dataset, n_users, batch)
 
 
