@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument(
         "--items", nargs="+", metavar="ITEM", help="items to show, by token (the most popular 20)"
     )
+    explain.add_argument("--model", "-m", help="module:Class, for a run of a class of your own")
     explain.set_defaults(action=_explain)
     _add_tune(commands)
     commands.add_parser("models", help="list the models that run").set_defaults(action=_models)
@@ -77,7 +78,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         "-m",
-        help="a model of this package or of RecBole (MUFASA; none with --config_files)",
+        help="a model of this package or of RecBole, or module:Class for one of your own (MUFASA; "
+        "none with --config_files)",
     )
     parser.add_argument(
         "--dataset", "-d", help="folder name below data_path (ml-100k; none with --config_files)"
@@ -140,7 +142,11 @@ def _add_compare(commands: Any) -> None:
     )
     parser.set_defaults(action=_compare)
     add = parser.add_argument
-    add("--models", required=True, help="SASRec,MUFASA,MUFASA+without_anchor,CAMMSR+*")
+    add(
+        "--models",
+        required=True,
+        help="SASRec,MUFASA,MUFASA+without_anchor,CAMMSR+*,module:Class",
+    )
     add("--datasets", required=True, help="folder names below data_path: ml-100k,my_data")
     add("--seeds", default="1", help="how many (1), or which: 2020,2021,2022; 2020, is one")
     add("--out", default="compare", help="folder of runs and tables (compare)")
@@ -288,11 +294,12 @@ def _run(known: argparse.Namespace, rest: Sequence[str]) -> None:
 def _explain(known: argparse.Namespace, rest: Sequence[str]) -> None:
     from recbole_mm.quick_start import explain_run
 
-    files = explain_run(known.run, known.items, command_line=rest)
+    files = explain_run(known.run, known.items, model=known.model, command_line=rest)
     print("\n".join(str(file) for file in files))  # noqa: T201
 
 
 def _tune(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    from recbole_mm.registry import is_own
     from recbole_mm.tuning import tune
 
     files = _files(known)
@@ -312,6 +319,8 @@ def _tune(known: argparse.Namespace, rest: Sequence[str]) -> None:
     folder, config = (os.path.relpath(result[key]) for key in ("folder", "config"))
     print(f"all trials: {folder}")  # noqa: T201
     command = ["recbole-mm", "run", "--config_files", shlex.quote(config)]
+    if known.model is not None and is_own(known.model):
+        command.append(f"--model={known.model}")
     if result["data_path"] is not None:
         command.append(f"--data_path={result['data_path']}")
     print(f"score it on test: {shlex.join(command)}")  # noqa: T201

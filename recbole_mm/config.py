@@ -22,7 +22,14 @@ from recbole_mm.data.derive import text_method
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError, nearest
-from recbole_mm.registry import MODELS, RECBOLE_PROPERTIES, get_model, is_model, model_of_run
+from recbole_mm.registry import (
+    MODELS,
+    RECBOLE_PROPERTIES,
+    get_model,
+    is_model,
+    is_own,
+    model_of_run,
+)
 
 _LOG = logging.getLogger(__name__)
 
@@ -131,7 +138,8 @@ class Config(RecBoleConfig):
     command line is an argument and not the ``sys.argv`` of whatever program imports us.
 
     Args:
-        model: Name or class of a model of this package or of RecBole.
+        model: Name of a model of this package or of RecBole, or a class, of which ``module:Class``
+            is the name.
         dataset: Name of the data set.
         config_file_list: YAML files, or one, later ones stronger; a mapping stands for a file's
             contents.
@@ -202,6 +210,14 @@ class Config(RecBoleConfig):
         self, model: str | type | None, dataset: str | None
     ) -> tuple[str, type, str]:
         given = model if model is not None else self.external_config_dict.get("model")
+        if given is not None and model is None and is_own(str(given)):
+            # a file that somebody hands on shall not say what code is run
+            for file in self._files:
+                if file.get("model") == given:
+                    raise InputError(
+                        f"model: {given!r} in a config file: code of your own is named in the call "
+                        f"or on the command line, --model={given}"
+                    )
         if isinstance(given, str):
             given = get_model(given)
         elif given is not None and not is_model(given):
@@ -429,7 +445,7 @@ class Config(RecBoleConfig):
     def reopened(
         cls,
         file: str | Path,
-        model: type | None = None,
+        model: str | type | None = None,
         config_dict: Mapping[str, Any] | None = None,
         command_line: Sequence[str] = (),
     ) -> Config:
@@ -437,7 +453,7 @@ class Config(RecBoleConfig):
 
         Args:
             file: ``config.yaml`` of a run folder.
-            model: Class of the model, if the package does not know its name.
+            model: Class of the model, or ``module:Class``, if the package does not know its name.
             config_dict: Values by key, stronger than the file.
             command_line: Arguments of the form ``--key=value``, strongest of all.
 

@@ -27,6 +27,7 @@ from recbole_mm.data.batches import count_targets
 from recbole_mm.data.cold_start import keep_histories
 from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import EnvironmentFault, InputError, OutOfMemory, RecboleMMError
+from recbole_mm.registry import is_own
 from recbole_mm.run_folder import DAMAGED, RunFolder, environment
 from recbole_mm.trainer import trainer_class
 
@@ -48,7 +49,8 @@ def run(
     """Train a model, select its best epoch on validation, and score that epoch once on test.
 
     Args:
-        model: Name or class of a model of this package or of RecBole.
+        model: Name of a model of this package or of RecBole, or a class, of which ``module:Class``
+            is the name.
         dataset: Name of the data set.
         config_file_list: YAML files, or one, later ones stronger; a mapping stands for a file's
             contents.
@@ -94,11 +96,14 @@ def run(
             config = Config(model, dataset, config_file_list, config_dict, command_line)
             with _memory_mends(config):
                 return _run(config, saved=saved, score_test=score_test)
-        named = {"model": model if isinstance(model, str) else None, "dataset": dataset}
+        # a class is given, a name only compared
+        is_class = isinstance(model, type) or (model is not None and is_own(model))
+        named = {"model": None if is_class else model, "dataset": dataset}
         values = {k: v for k, v in named.items() if v is not None} | dict(config_dict or {})
         if config_file_list or not saved:
             raise InputError("resume: the configuration is that of the run folder, give no file")
-        return _resume(Path(resume), model, values, command_line, score_test=score_test)
+        given = model if is_class else None
+        return _resume(Path(resume), given, values, command_line, score_test=score_test)
 
 
 _MEMORY_KEYS = ("train_batch_size", "MAX_ITEM_LIST_LENGTH", "loss_memory_mb", "eval_memory_mb")
@@ -221,7 +226,7 @@ def open_run(
     folder: str | Path,
     config_dict: Mapping[str, Any] | None = None,
     *,
-    model: type | None = None,
+    model: str | type | None = None,
     command_line: Sequence[str] = (),
 ) -> OpenRun:
     """Read a run folder back: its configuration, its data, and its model with the best weights.
@@ -233,7 +238,7 @@ def open_run(
         folder: A folder that :func:`run` wrote.
         config_dict: Values stronger than those of the folder, for example ``data_path`` (the
             folder above that of the data set) if the data have moved.
-        model: Class of the model, if the package does not know its name.
+        model: Class of the model, or ``module:Class``, if the package does not know its name.
         command_line: ``--key=value`` arguments, strongest of all.
 
     Returns:
@@ -419,7 +424,7 @@ def explain_run(
     folder: str | Path,
     items: Sequence[str] | None = None,
     *,
-    model: type | None = None,
+    model: str | type | None = None,
     command_line: Sequence[str] = (),
 ) -> list[Path]:
     """Write what the model of a run tells of itself to ``<folder>/explain``, CSV files and plots.
@@ -481,8 +486,7 @@ def _resume(
 ) -> dict[str, Any]:
     run = RunFolder.at(folder)
     before = run.read_config()
-    given = model if isinstance(model, type) else None
-    config = Config.reopened(folder / "config.yaml", given, values, command_line)
+    config = Config.reopened(folder / "config.yaml", model, values, command_line)
     now = config.resolved()
     differing = [
         f"{key} ({before[key]!r} then, {now[key]!r} now)"

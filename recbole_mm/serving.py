@@ -276,7 +276,7 @@ class Recommender:
 
 
 def load(
-    folder: str | Path, *, model: type | None = None, device: torch.device | str | None = None
+    folder: str | Path, *, model: str | type | None = None, device: torch.device | str | None = None
 ) -> Recommender:
     """The best model of a run, from its folder alone.
 
@@ -285,7 +285,7 @@ def load(
 
     Args:
         folder: A folder that :func:`recbole_mm.run` wrote.
-        model: Class of the model, if the package does not know its name.
+        model: Class of the model, or ``module:Class``, if the package does not know its name.
         device: Where to put it; by default where the run's configuration and this machine say.
 
     Raises:

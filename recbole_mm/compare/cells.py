@@ -223,7 +223,7 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
             (folder / trained["run"] / STATE).unlink(missing_ok=True)
         record = read_json(folder / RECORD)
         _count(cell, out, record)
-        _measure_missing(folder, record, missing_modality)
+        _measure_missing(cell, folder, record, missing_modality)
         (folder / ERROR).unlink(missing_ok=True)  # of what came after an earlier training
     except RecboleMMError as error:
         write_json(folder / ERROR, {"message": str(error)})
@@ -285,7 +285,7 @@ def _start_or_continue(cell: Cell, folder: Path) -> tuple[dict[str, Any], float,
         if made.get("code") == code_digest():
             try:
                 earlier = _seconds(state.parent / "metrics.jsonl")
-                return run(resume=state.parent), *earlier
+                return run(_own(cell), resume=state.parent), *earlier
             except InputError as error:
                 print(error)  # noqa: T201  (into output.log)
     shutil.rmtree(folder / "run", ignore_errors=True)
@@ -312,7 +312,7 @@ def _explain(cell: Cell, run_folder: Path) -> None:
 
     if hasattr(get_model(cell.row.model), "explain"):
         try:
-            explain_run(run_folder)
+            explain_run(run_folder, model=_own(cell))
         except Exception:
             traceback.print_exc()  # into output.log
 
@@ -328,10 +328,19 @@ def _count(cell: Cell, out: Path, record: Mapping[str, Any]) -> None:
         write_text(file, frame.to_csv(index=False), shared=True)  # cells of other models too
 
 
-def _measure_missing(folder: Path, record: Mapping[str, Any], wanted: missing.Wanted) -> None:
+def _own(cell: Cell) -> str | None:
+    """The name of a class of the user's own, which a run folder does not hold."""
+    from recbole_mm.registry import is_own
+
+    return cell.row.model if is_own(cell.row.model) else None
+
+
+def _measure_missing(
+    cell: Cell, folder: Path, record: Mapping[str, Any], wanted: missing.Wanted
+) -> None:
     found = missing.read(folder)
     for name, percent in missing.still_to_do(folder, record, wanted):
-        result = missing.measure(folder / record["run"], name, percent)
+        result = missing.measure(folder / record["run"], name, percent, model=_own(cell))
         found.setdefault(name, {})[f"{percent:g}"] = result
         write_json(folder / missing.FILE, found)
 

@@ -87,20 +87,24 @@ def still_to_do(
                 yield name, percent
 
 
-def measure(run: Path, modality: str, percent: float) -> dict[str, Any]:
+def measure(
+    run: Path, modality: str, percent: float, *, model: str | None = None
+) -> dict[str, Any]:
     """Test result of a run's best weights with a modality missing; ``error`` where there is none.
 
     Args:
         run: A run folder.
         modality: Name.
         percent: Of the items that have it.
+        model: As in :func:`recbole_mm.open_run`.
     """
     from recbole_mm.quick_start import open_run
     from recbole_mm.trainer import trainer_class
 
     try:
-        config, _, loaders, model = open_run(run, {"hidden_features": {modality: percent}})
-        trainer = trainer_class(config["MODEL_TYPE"], config.model_class)(config, model, None)
+        hidden = {"hidden_features": {modality: percent}}
+        config, _, loaders, net = open_run(run, hidden, model=model)
+        trainer = trainer_class(config["MODEL_TYPE"], config.model_class)(config, net, None)
         trainer.eval_collector.data_collect(loaders[0])
         result = trainer.evaluate(loaders[2], load_best_model=False)
     except RecboleMMError as error:

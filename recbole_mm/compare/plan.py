@@ -2,9 +2,9 @@
 
 A row of a table is a model, perhaps with variants: ``MUFASA``, ``MUFASA+without_anchor``,
 ``MUFASA+*`` (every ablation file of the package), ``MUFASA[text]`` (what ``modality_ablation``
-adds). A cell is a row, a data set and a seed. It is known by a hash of its resolved configuration
-and of the data files, so that a finished one is found again and a changed one is not mistaken for
-it.
+adds), ``module:Class`` for a class of the user's own. A cell is a row, a data set and a seed. It is
+known by a hash of its resolved configuration, of the data files and of the file of a user's class,
+so that a finished one is found again and a changed one is not mistaken for it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from recbole_mm.config import (
     reusable,
 )
 from recbole_mm.config_rules import drawing_mode
+from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import InputError, nearest
-from recbole_mm.registry import MODELS
+from recbole_mm.registry import MODELS, class_name, is_own, sources_of
 
 BASELINES_OF_OURS = ("SASRecFast", "SASRecMM")
 """Models of this package that are baselines in any table."""
@@ -55,7 +56,7 @@ class Row:
 
     Attributes:
         label: As it stands in the table.
-        model: Name of the model class.
+        model: Name of the model; ``module:Class`` for one of the user's own.
         values: Configuration of its variants.
         expanded: Whether it comes from a wildcard; then it gives way to a row that equals it.
     """
@@ -68,7 +69,8 @@ class Row:
     @property
     def is_baseline(self) -> bool:
         """Whether others are measured against it: RecBole's models and the plain ones of ours."""
-        return self.model not in MODELS or self.model in BASELINES_OF_OURS
+        is_recboles = self.model not in MODELS and not is_own(self.model)
+        return is_recboles or self.model in BASELINES_OF_OURS
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,13 +161,13 @@ def plan(
             for variant, config in common.resolve_all(row, modality_ablation=modality_ablation):
                 _enter(variant, config, taken)
         for row, config in taken.values():
-            is_tuned = bool(_tuned_file(common.tuned, row.model, dataset))
+            is_tuned = bool(_tuned_file(common.tuned, row, dataset))
             for number, cell in enumerate(_cells(row, config, seeds, is_tuned=is_tuned)):
                 by_seed.setdefault(number, []).append(cell)
     cells = [cell for number in sorted(by_seed) for cell in by_seed[number]]
     _check_drawn_candidates(cells)
     if tuned is not None and not any(
-        _tuned_file(Path(tuned), row.model, dataset) for row in rows for dataset in datasets
+        _tuned_file(Path(tuned), row, dataset) for row in rows for dataset in datasets
     ):
         raise InputError(
             f"--tuned: {tuned} has no file for any row; it should hold <dataset>/<model>.yaml"
@@ -208,8 +210,11 @@ def _cells(
             "user got in one; compare such models with recbole-mm run"
         )
     values, data = reusable(config.resolved()), digest_of_data(config)
+    # of the package's own code a table says below which one computed its rows
+    own = sources_of(config.model_class) if is_own(row.model) else []
+    code = " ".join(map(sha256_of, own))
     for seed in chosen:
-        key = _hash(_settings(config, seed) + data)
+        key = _hash(_settings(config, seed) + data + code)
         yield Cell(row, config["dataset"], seed, {**values, "seed": seed}, key, data, is_tuned)
 
 
@@ -232,7 +237,7 @@ class _Common:
                 yield subset, self.resolve(subset)
 
     def resolve(self, row: Row) -> Config:
-        files = (*self.config_files, *_tuned_file(self.tuned, row.model, self.dataset))
+        files = (*self.config_files, *_tuned_file(self.tuned, row, self.dataset))
         own = dict(row.values)
         try:
             if isinstance(own.get("eval_args"), Mapping):  # a part of them leaves the rest
@@ -305,26 +310,27 @@ def _read_variants(file: str | Path | None) -> dict[str, dict[str, Any]]:
 def _rows(spec: str, named: Mapping[str, dict[str, Any]]) -> Iterator[Row]:
     """Rows of one entry of ``--models``."""
     model, *variants = spec.split("+")
-    folder = PROPERTIES / "ablation" / model
+    name = class_name(model)
+    folder = PROPERTIES / "ablation" / name
     shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if variants == ["*"]:
         if not shipped and not named:
             raise InputError(f"--models: {spec}: the package has no ablations of {model}")
-        yield Row(model, model, expanded=True)
-        for name in (*named, *(name for name in shipped if name not in named)):
-            found = named[name] if name in named else read_yaml(shipped[name])
-            yield Row(f"{model}+{name}", model, found, expanded=True)
+        yield Row(name, model, expanded=True)
+        for variant in (*named, *(variant for variant in shipped if variant not in named)):
+            found = named[variant] if variant in named else read_yaml(shipped[variant])
+            yield Row(f"{name}+{variant}", model, found, expanded=True)
         return
     values: dict[str, Any] = {}
-    for name in variants:
+    for variant in variants:
         known = {*named, *shipped}
-        if name not in known:
+        if variant not in known:
             raise InputError(
-                f"--models: {spec}: no variant {name!r}{nearest(name, known)}; known: "
+                f"--models: {spec}: no variant {variant!r}{nearest(variant, known)}; known: "
                 f"{', '.join(sorted(known)) or 'none'}; name others in a file for --variants"
             )
-        values.update(named[name] if name in named else read_yaml(shipped[name]))
-    yield Row(spec, model, values)
+        values.update(named[variant] if variant in named else read_yaml(shipped[variant]))
+    yield Row("+".join([name, *variants]), model, values)
 
 
 def _subsets(row: Row, config: Config) -> Iterator[Row]:
@@ -354,12 +360,13 @@ def _enter(row: Row, config: Config, taken: dict[str, tuple[Row, Config]]) -> No
     taken[key] = (row, config)
 
 
-def _tuned_file(tuned: Path | None, model: str, dataset: str) -> tuple[str, ...]:
+def _tuned_file(tuned: Path | None, row: Row, dataset: str) -> tuple[str, ...]:
     if tuned is None:
         return ()
     if not tuned.is_dir():
         raise InputError(f"--tuned: {tuned} is no folder")
-    places = (tuned / dataset / f"{model}.yaml", tuned / f"{model}.yaml")
+    file = f"{class_name(row.model)}.yaml"
+    places = (tuned / dataset / file, tuned / file)
     for path in places:
         if path.is_file():
             for key in read_yaml(path):

@@ -37,7 +37,7 @@ _OLDEST = {"hyperopt": (0, 2, 6), "optuna": (4, 9), "ray": (2, 31)}
 
 
 def tune(
-    model: str | None = None,
+    model: str | type | None = None,
     dataset: str | None = None,
     config_file_list: Sequence[str | Path] | str | Path | None = None,
     config_dict: Mapping[str, Any] | None = None,
@@ -58,7 +58,8 @@ def tune(
     killed is run again, and with more ``trials`` it goes on (not with ray).
 
     Args:
-        model: Name of the model; it may stand in a configuration file.
+        model: Name of the model, or a class, of which ``module:Class`` is the name; a name may
+            stand in a configuration file.
         dataset: Name of the data set; it may stand there too.
         config_file_list: as :func:`recbole_mm.run`
         config_dict: as :func:`recbole_mm.run`; the values of a trial are stronger.
@@ -111,6 +112,7 @@ def tune(
     if algo == "exhaustive":
         n_trials = min(n_trials, default)
     search = Search(
+        model=config["model"] if model is None else model,
         files=tuple(files),
         values=values,
         command_line=tuple(command_line),

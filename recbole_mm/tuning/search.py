@@ -40,6 +40,7 @@ class Search:
     """What every engine needs, as plain data, so that it can travel to another process.
 
     Attributes:
+        model: Name or class of the model.
         files: Configuration files, absolute.
         values: Configuration by key.
         command_line: ``--key=value`` arguments.
@@ -56,6 +57,7 @@ class Search:
         settings: What an earlier search must share to be continued; ``model`` and ``dataset`` too.
     """
 
+    model: str | type
     files: tuple[Path, ...]
     values: Mapping[str, Any]
     command_line: tuple[str, ...]
@@ -164,10 +166,10 @@ class Search:
 
     def _settings(
         self, values: Mapping[str, Any], forced: Mapping[str, Any]
-    ) -> tuple[str, str, Sequence[Path], dict[str, Any]]:
+    ) -> tuple[str | type, str, Sequence[Path], dict[str, Any]]:
         """Model, data set, files and values of a run."""
         own = {**self.values, **values, **forced}
-        return self.settings["model"], self.settings["dataset"], self.files, own
+        return self.model, self.settings["dataset"], self.files, own
 
     def _free(self, forced: Mapping[str, Any]) -> list[str]:
         """The command line without what is forced, which must not lose to it."""

@@ -275,14 +275,14 @@ def test_what_fails_with_a_modality_missing_is_told_and_keeps_the_run(done, monk
     out, _ = done
     _, mm = finished(out)
 
-    def torn(*_):
+    def torn(*_, **__):
         raise MemoryError("can't allocate memory")
 
     before = (mm.folder / missing.FILE).read_text()
     try:
         with monkeypatch.context() as patch:
             patch.setattr("recbole_mm.quick_start.open_run", torn)
-            _measure_missing(mm.folder, mm.record, {"image": (50.0,)})
+            _measure_missing(mm.cell, mm.folder, mm.record, {"image": (50.0,)})
         assert missing.read(mm.folder)["image"]["50"] == {
             "error": "MemoryError: can't allocate memory"
         }
@@ -356,10 +356,10 @@ def test_a_kill_after_the_training_does_not_cost_it(done, tmp_path, monkeypatch)
     """What comes after the last epoch fails once; explain may fail for good."""
     from recbole_mm import quick_start
 
-    def dies(*_):
+    def dies(*_, **__):
         raise KeyboardInterrupt
 
-    def wrong(*_):
+    def wrong(*_, **__):
         raise IndexError("no such row")
 
     (cell,) = plan(["MUFASA"], ["tiny"], 1, command_line=QUICK)
