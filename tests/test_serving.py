@@ -176,7 +176,7 @@ def test_weights_of_another_model_are_refused(copied, folder):
 def test_another_class_than_that_of_the_run_is_refused(reader, copied, caplog):
     with pytest.raises(InputError, match="is a run of SASRecMM, not of SASRecFast"):
         reader(copied, model=get_model("SASRecFast"))
-    with pytest.raises(InputError, match="takes the class of the model, .*got <class 'dict'>"):
+    with pytest.raises(InputError, match=r"takes the class of the model, .*got <class 'dict'>"):
         reader(copied, model=dict)
     assert not caplog.text
 

@@ -1,0 +1,34 @@
+"""The scripts of `benchmarks/` that call the package's parts, not its commands, still can."""
+
+import logging
+import runpy
+import sys
+
+import pytest
+import torch
+
+from benchmarks.evaluation import SIDES, measure
+from recbole_mm.config import DATASETS
+
+
+@pytest.fixture(autouse=True)
+def _as_before():
+    """They are scripts: what they set holds for the process."""
+    threads = torch.get_num_threads()
+    yield
+    logging.disable(logging.NOTSET)
+    torch.set_num_threads(threads)
+
+
+def test_an_evaluation_is_measured_alike_on_every_side():
+    found = [measure(side, 40, 600, 16) for side in SIDES]
+    assert all(side["seconds"] > 0 for side in found)
+    assert [side["ndcg@10"] for side in found] == pytest.approx([found[0]["ndcg@10"]] * len(SIDES))
+
+
+def test_an_epoch_is_measured(monkeypatch, capsys):
+    given = ["--dataset=tiny", f"--data_path={DATASETS}", "--lengths", "20", "--steps", "2"]
+    given += ["--contenders", "stock:SASRec", "SASRecMM:all"]
+    monkeypatch.setattr(sys, "argv", ["epoch_time.py", *given])
+    runpy.run_module("benchmarks.epoch_time", run_name="__main__")
+    assert "| 20 | SASRecMM:all |" in capsys.readouterr().out
