@@ -275,6 +275,9 @@ class Config(RecBoleConfig):
         known = set(final) | _recbole_keys() | config_rules.unwritten(self.model, transforms)
         declared: dict[str, Any] = dict(final.get("modalities") or {})
         chosen: Any = None
+        # what a user's class reads, n_layers for one, only its author knows
+        is_own_code = not compat.is_recboles(self.model_class)
+        is_own_code &= self.model_class not in MODELS.values()
         for source, values in (
             *(("a config file", file) for file in self._files),
             ("config_dict", self.variable_config_dict),
@@ -282,15 +285,18 @@ class Config(RecBoleConfig):
         ):
             for key, given in values.items():
                 if key not in known:
-                    config_rules.check_known(key, source, known | _other_models_keys())
-                    if not self._shared:
-                        _LOG.warning(
-                            "%s in %s is a key of other models: %s ignores it",
-                            key,
-                            source,
-                            self.model,
-                        )
-                    continue  # a key of another model, where several models share their values
+                    config_rules.check_known(
+                        key, source, known | _other_models_keys(), self.model if is_own_code else ""
+                    )
+                    if not is_own_code:
+                        if not self._shared:
+                            _LOG.warning(
+                                "%s in %s is a key of other models: %s ignores it",
+                                key,
+                                source,
+                                self.model,
+                            )
+                        continue  # where several models share their values
                 default = self.internal_config_dict.get(key)
                 value = given
                 if isinstance(given, str) and source != "a config file":

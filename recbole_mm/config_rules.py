@@ -84,8 +84,15 @@ def unwritten(model: str, transforms: Iterable[Any]) -> set[str]:
     return {key for keys in (_UNWRITTEN_OF.get(model, ()), *named) for key in keys}
 
 
-def check_known(key: str, source: str, known: Iterable[str]) -> None:
-    """Refuse a key that no code reads."""
+def check_known(key: str, source: str, known: Iterable[str], own: str = "") -> None:
+    """Refuse a key that no code reads.
+
+    Args:
+        key: Its name.
+        source: Where it stands.
+        known: All that are known.
+        own: Name of the user's class for which it is meant, if it is one.
+    """
     known = set(known)
     if key in _OF_PROCESSES:
         raise InputError(
@@ -93,7 +100,11 @@ def check_known(key: str, source: str, known: Iterable[str]) -> None:
             "give --nproc N on the command line, or run(..., nproc=N)"
         )
     if key not in known:
-        raise InputError(f"unknown key {key!r} in {source}{nearest(key, known)}")
+        hint = nearest(key, known)
+        if own:
+            hint += f"{' If' if hint else '; if'} {own} reads it, declare it there: "
+            hint += f"default_config = {{{key!r}: ...}}"
+        raise InputError(f"unknown key {key!r} in {source}{hint}")
 
 
 def check_eval_args(value: Mapping[str, Any], source: str) -> None:

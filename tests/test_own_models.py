@@ -28,16 +28,43 @@ EXPLAIN = """
 """
 
 
+FOR_RECBOLE = """
+from recbole.model.abstract_recommender import SequentialRecommender
+from torch import nn
+
+
+class Plain(SequentialRecommender):
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        self.item_embedding = nn.Embedding(self.n_items, config["hidden_size"], padding_idx=0)
+        self.gru = nn.GRU(config["hidden_size"], config["hidden_size"], config["n_layers"])
+        self.scale = config["scale"]
+
+    def forward(self, items, lengths):
+        states, _ = self.gru(self.item_embedding(items).transpose(0, 1))
+        return self.scale * self.gather_indexes(states.transpose(0, 1), lengths - 1)
+
+    def full_sort_predict(self, interaction):
+        user = self.forward(interaction[self.ITEM_SEQ], interaction[self.ITEM_SEQ_LEN])
+        return user @ self.item_embedding.weight.T
+
+    def calculate_loss(self, interaction):
+        scores = self.full_sort_predict(interaction)
+        return nn.functional.cross_entropy(scores, interaction[self.POS_ITEM_ID])
+"""
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working directory with the module of the README, which it calls a whole model."""
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     (source,) = (p for p in re.findall(r"```python\n(.*?)```", readme, re.S) if "LastItem" in p)
     (tmp_path / "last_item.py").write_text(source + EXPLAIN)
+    (tmp_path / "plain.py").write_text(FOR_RECBOLE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     yield tmp_path
-    for name in ("last_item", "broken", "mine", "mine.models"):
+    for name in ("last_item", "plain", "broken", "mine", "mine.models"):
         sys.modules.pop(name, None)
 
 
@@ -158,3 +185,20 @@ def test_a_config_file_names_no_code(here):
     assert "last_item" not in sys.modules
     config = Config(None, None, None, {"model": "last_item:LastItem", "dataset": "tiny"})
     assert config["model"] == "LastItem"
+
+
+def test_a_class_written_for_recbole_runs_with_its_own_yaml(here, caplog):
+    """Its keys are in no property file: what it shares with other models is handed to it."""
+    (here / "plain.yaml").write_text("n_layers: 2\nhidden_size: 16\nscale: 0.5\nloss_type: CE\n")
+    quick = {key: value for key, value in QUICK.items() if key != "hidden_size"}
+    with pytest.raises(InputError, match=r"'scale'.*[Ii]f Plain reads it, declare it there: def"):
+        recbole_mm.run("plain:Plain", "tiny", ["plain.yaml"], quick)
+    file = here / "plain.py"
+    declared = 'default_config = {"scale": 1.0}\n\n    def __init__'
+    file.write_text(FOR_RECBOLE.replace("def __init__", declared, 1))
+    sys.modules.pop("plain")
+    result = recbole_mm.run("plain:Plain", "tiny", ["plain.yaml"], quick)
+    assert result["epochs"] == 2
+    opened = recbole_mm.open_run(result["run"], model="plain:Plain")
+    assert (opened.model.gru.num_layers, opened.model.scale) == (2, 0.5)
+    assert "ignores it" not in caplog.text
