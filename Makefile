@@ -9,7 +9,7 @@ NAME ?= sparse_attention
 .PHONY: run test test-slow fuzz check format bench clean
 
 run: $(VENV)/installed
-	$(BIN)/python run_recbole_mm.py --model=MUFASA $(or $(ARGS),--epochs=20)
+	$(BIN)/python run_recbole_mm.py --model=MUFASA $(or $(ARGS),--epochs=12)
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -q -n auto -m "not slow" $(ARGS)
