@@ -70,6 +70,21 @@ def is_own(name: str) -> bool:
     return ":" in name
 
 
+def name_of(model: Any) -> str:
+    """The name by which :func:`get_model` finds a class again, also in another process.
+
+    Raises:
+        InputError: If it is no model's class, or one that no module holds.
+    """
+    if not is_model(model) or "." in model.__qualname__:
+        raise InputError(
+            f"models: takes names and classes of models that stand in a module, got {model!r}"
+        )
+    if MODELS.get(model.__name__) is model or compat.is_recboles(model):
+        return model.__name__
+    return f"{model.__module__}:{model.__qualname__}"
+
+
 def class_name(name: str) -> str:
     """What the class of a model is called: ``Class`` for ``module:Class``."""
     return name.rpartition(":")[2]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -127,6 +128,46 @@ def test_another_source_is_another_cell(here):
     file.write_text(file.read_text() + "# another line\n")
     assert key(model) != first
     assert key("SASRecMM") == built_in
+
+
+def test_a_class_stands_for_its_name(here):
+    rows = [get_model("last_item:LastItem"), get_model("MUFASA"), get_model("SASRec")]
+    models = [cell.row.model for cell in plan(rows, ["tiny"], 1)]
+    assert models == ["last_item:LastItem", "MUFASA", "SASRec"]
+
+    class Local(rows[0]):
+        pass
+
+    for given in (Local, dict, 3):
+        with pytest.raises(InputError, match="names and classes of models that stand in a module"):
+            plan([given], ["tiny"], 1)
+
+
+def test_a_script_compares_a_class_of_its_own(here):
+    own = {key: value for key, value in QUICK.items() if key != "show_progress"}
+    (here / "script.py").write_text(
+        "from last_item import LastItem\n"
+        "from recbole_mm.compare import compare\n\n\n"
+        "class Mine(LastItem):\n    pass\n\n\n"
+        "if __name__ == '__main__':\n"
+        f"    (table,) = compare([Mine, 'Pop'], ['tiny'], 1, config_dict={own!r})\n"
+        "    print([row.label for row in table.rows])\n"
+    )
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "['Mine', 'Pop']"
+
+
+def test_two_models_of_one_name_do_not_share_a_table(here):
+    (here / "mine").mkdir()
+    (here / "mine" / "models.py").write_text(
+        "from last_item import LastItem\n\n\nclass SASRecMM(LastItem):\n    pass\n"
+    )
+    with pytest.raises(
+        InputError, match=r"SASRecMM and mine\.models:SASRecMM would both be called"
+    ):
+        plan(["SASRecMM", "mine.models:SASRecMM"], ["tiny"], 1)
 
 
 def test_it_is_tuned_and_the_command_that_scores_it_names_it(here, capsys):

@@ -23,7 +23,7 @@ __all__ = ["IncompleteTables", "Table", "compare"]
 
 
 def compare(
-    models: Sequence[str],
+    models: Sequence[str | type],
     datasets: Sequence[str],
     seeds: Sequence[int] | int = 1,
     *,
@@ -47,7 +47,8 @@ def compare(
     that calls this needs ``if __name__ == "__main__"``, since the processes of the cells import it.
 
     Args:
-        models: Names of models, with variants: ``MUFASA``, ``MUFASA+without_anchor``, ``MUFASA+*``.
+        models: Names of models, with variants: ``MUFASA``, ``MUFASA+without_anchor``, ``MUFASA+*``,
+            ``module:Class`` for one of the user's own; or classes that stand in a module.
         datasets: Names of data sets.
         seeds: The seeds, or how many of them, from that of the configuration on.
         out: Folder of runs and tables.

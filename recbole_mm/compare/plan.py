@@ -33,7 +33,7 @@ from recbole_mm.config import (
 from recbole_mm.config_rules import drawing_mode
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import InputError, nearest
-from recbole_mm.registry import MODELS, class_name, is_own, sources_of
+from recbole_mm.registry import MODELS, class_name, is_own, name_of, sources_of
 
 BASELINES_OF_OURS = ("SASRecFast", "SASRecMM")
 """Models of this package that are baselines in any table."""
@@ -108,7 +108,7 @@ class Cell:
 
 
 def plan(
-    models: Sequence[str],
+    models: Sequence[str | type],
     datasets: Sequence[str],
     seeds: Sequence[int] | int,
     *,
@@ -122,7 +122,7 @@ def plan(
     """All cells of the tables, those of the first seed first.
 
     Args:
-        models: Rows, see the module.
+        models: Rows, see the module; a class of the user's own stands for its name.
         datasets: Names.
         seeds: The seeds, or how many: that of the configuration and those that follow it.
         config_files: YAML files for every cell.
@@ -146,7 +146,9 @@ def plan(
     if len(set(datasets)) < len(datasets):
         raise InputError(f"--datasets: {', '.join(datasets)}; name each data set once")
     named = _read_variants(variants)
-    rows = [row for spec in models for row in _rows(spec, named)]
+    specs = [spec if isinstance(spec, str) else name_of(spec) for spec in models]
+    rows = [row for spec in specs for row in _rows(spec, named)]
+    _check_labels(rows)
     by_seed: dict[int, list[Cell]] = {}
     for dataset in datasets:
         taken: dict[str, tuple[Row, Config]] = {}
@@ -176,6 +178,18 @@ def plan(
         if not any(key in cell.values for cell in cells):
             raise InputError(f"command line: --{key}: no row of the table reads it; leave it out")
     return cells
+
+
+def _check_labels(rows: Sequence[Row]) -> None:
+    """Refuse two models whose rows would be called the same."""
+    first: dict[str, Row] = {}
+    for row in rows:
+        other = first.setdefault(row.label, row).model
+        if other != row.model:
+            raise InputError(
+                f"--models: {other} and {row.model} would both be called {row.label} in the table; "
+                "give the class of your own another name"
+            )
 
 
 def _check_drawn_candidates(cells: Sequence[Cell]) -> None:
