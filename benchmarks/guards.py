@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recbole_mm.run_folder import processor
+
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("recbole_mm", "tests", "properties", "dataset_atomic", "benchmarks", "setup.cfg")
 SECONDS = 300  # for the tests of one guard
@@ -570,7 +572,7 @@ def main() -> int:
     lines = [
         "# Guards of the fault cases, removed one by one",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, "
+        f"{time.strftime('%Y-%m-%d')}, {processor()}, "
         f"{os.cpu_count()} cores, Python {platform.python_version()}; made by",
         "`PYTHONPATH=. OMP_NUM_THREADS=1 python benchmarks/guards.py`, which says how. "
         f"{len(rows)} guards, {unproven} that no test needs"

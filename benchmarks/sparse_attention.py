@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from recbole_mm.layers.encoder import TransformerEncoder
 from recbole_mm.modules.sparse_alignment import SparseAlignmentEncoder
 from recbole_mm.ops.sparse_attention import sparse_attention
+from recbole_mm.run_folder import processor
 from tests.reference import sparse_attention as reference
 
 HIDDEN, HEADS, INNER = 64, 2, 256
@@ -396,11 +397,8 @@ def measured_layers(
 def machine(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
-    text = Path("/proc/cpuinfo").read_text()
-    model = next(line.split(":")[1].strip() for line in text.splitlines() if "model name" in line)
-    extensions = "AVX-512" if "avx512f" in text else "AVX2"
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{os.cpu_count()} cores {model} ({extensions}), {pages / 2**30:.0f} GiB"
+    return f"{os.cpu_count()} cores {processor()}, {pages / 2**30:.0f} GiB"
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 =====================  ==========================================================
 ``config.yaml``        every resolved value
-``environment.json``   versions, a hash of our source, platform, command
+``environment.json``   versions, a hash of our source, machine, command
 ``data.json``          counts of the data, the report of each modality
 ``protocol.json``      how the run was evaluated, and the fingerprints of its data
 ``ids.json``           item and user tokens in the order of their internal ids
@@ -20,6 +20,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -30,7 +31,6 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -181,7 +181,7 @@ class RunFolder:
         with writing(path, MEND), replacing(path) as temporary:
             temporary.write_bytes(content)
 
-    @contextmanager
+    @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes from going on with this run; the system frees it if this one dies.
 
@@ -196,7 +196,7 @@ class RunFolder:
             finally:
                 place.unlink(missing_ok=True)
 
-    @contextmanager
+    @contextlib.contextmanager
     def logging_to_file(self, level: str) -> Iterator[None]:
         """Send what is logged to ``run.log`` for the length of the block."""
         root = logging.getLogger()
@@ -230,6 +230,19 @@ def code_digest() -> str:
     )
 
 
+def processor() -> str:
+    """Name of the processor and of the instructions that torch uses there.
+
+    CPU seconds mean little without it. Where the system names none: the architecture.
+    """
+    name = platform.processor() or platform.machine()  # on Linux mostly the architecture
+    with contextlib.suppress(OSError):
+        known = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*: *(.*\S)", known, re.MULTILINE)
+        name = found[1] if found else name
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for the run folder."""
     versions = {"recbole_mm": __version__}
@@ -242,7 +255,7 @@ def environment() -> dict[str, Any]:
         "code": code_digest(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "processes": distributed.n_processes(),

@@ -1,6 +1,7 @@
 """The run folder: unique, whole, without a pickle."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,5 +55,10 @@ def test_the_log_has_no_colours_and_the_root_logger_is_left_as_it_was(tmp_path):
     assert (root.level, list(root.handlers)) == before
 
 
-def test_environment_names_the_versions_that_matter():
+def test_environment_names_the_processor_and_the_versions_that_matter():
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file() and "model name" in cpuinfo.read_text():
+        name, instructions = environment()["processor"].rsplit(", ", 1)
+        assert f": {name}\n" in cpuinfo.read_text()
+        assert instructions == torch.backends.cpu.get_cpu_capability()
     assert {"recbole", "torch", "numpy", "pandas"} <= set(environment()["packages"])

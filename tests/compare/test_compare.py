@@ -24,6 +24,7 @@ from recbole_mm.compare.tables import tabulate
 from recbole_mm.config import DATASETS
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.protocol import Protocol
+from recbole_mm.run_folder import processor
 from tests.compare.conftest import QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,8 @@ def test_the_table_stands_in_every_form(done):
     cost = pd.read_csv(out / "cost.csv").set_index("model")
     assert cost.loc["SASRecMM", "CPU s an epoch"] > 0
     assert cost.loc["SASRecMM", "peak memory, MiB"] > 100
+    assert set(cost["processor"]) == {processor()}
+    assert (out / "cost.md").read_text().endswith(f"\n\nMeasured on {processor()}.\n")
 
 
 def test_what_each_user_got_adds_up_to_the_table(done):
