@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_compare(commands)
     _add_extract(commands)
     _add_download(commands)
+    _add_import(commands)
     return _guarded(parser, arguments)
 
 
@@ -231,6 +232,23 @@ def _add_download(commands: Any) -> None:
     add("name", help="as in RecBole's list, for example ml-1m; with --url the name to give it")
     add("--url", help="address of a zip archive of atomic files that is not in the list")
     add("--sha256", help="what the archive must have; that of an earlier download is kept anyway")
+    add("--data_path", default="dataset", help="folder to put the data set's folder in (dataset)")
+
+
+def _add_import(commands: Any) -> None:
+    parser = commands.add_parser(
+        "import",
+        help="turn a data set of another project into atomic files and feature files",
+        description="Reads a folder in the layout of MMRec, UniSRec, MISSRec, HM4SR, Ducho or "
+        "MicroLens, and writes atomic files, a feature file for each modality and a YAML file that "
+        "declares them; the new folder appears whole or not at all.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(action=_import)
+    add = parser.add_argument
+    add("layout", help="mmrec, unisrec, missrec, hm4sr, ducho or microlens")
+    add("folder", help="that holds the data set in that layout; nothing is written there")
+    add("--name", help="of the data set (that of its files)")
     add("--data_path", default="dataset", help="folder to put the data set's folder in (dataset)")
 
 
@@ -411,6 +429,15 @@ def _download(known: argparse.Namespace, rest: Sequence[str]) -> None:
     if rest:
         raise InputError(f"download: unknown arguments {' '.join(rest)}; see --help")
     done = download(known.name, known.data_path, url=known.url, sha256=known.sha256)
+    print("\n".join(done.lines()))  # noqa: T201
+
+
+def _import(known: argparse.Namespace, rest: Sequence[str]) -> None:
+    from recbole_mm.data.layouts import import_dataset
+
+    if rest:
+        raise InputError(f"import: unknown arguments {' '.join(rest)}; see --help")
+    done = import_dataset(known.layout, known.folder, known.data_path, name=known.name)
     print("\n".join(done.lines()))  # noqa: T201
 
 

@@ -1,0 +1,89 @@
+"""MMRec's layout, which many multimodal recommenders share.
+
+===================== =====================================================================
+``<name>.inter``      tab separated, ``userID itemID rating timestamp x_label``, both numbered
+``i_id_mapping.csv``  ``asin itemID``; ``u_id_mapping.csv``: ``user_id userID``. May be missing
+``image_feat.npy``    row ``r`` is that of ``itemID`` r; so is ``text_feat.npy``'s
+===================== =====================================================================
+
+Source of the facts: github.com/enoche/MMRec (``src/utils/dataset.py``, ``preprocessing/``).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from recbole_mm.data.layouts.common import (
+    Source,
+    columns,
+    files,
+    header_of,
+    numbered,
+    the_file,
+    whole_number,
+)
+from recbole_mm.errors import InputError
+
+
+def read(folder: Path) -> Source:
+    """Interactions by time, and every ``*_feat.npy``.
+
+    Raises:
+        InputError: If a file or column is missing, there is no time, or an item has no row.
+    """
+    inter = the_file(folder, "*.inter", "the interactions")
+    header = header_of(inter)
+    if "timestamp" not in header:
+        raise InputError(
+            f"{inter}: has no column timestamp among {', '.join(header)}; a sequential model needs "
+            "an order, and the rows of this file have none"
+        )
+    wanted = ["userID", "itemID", "timestamp", *(["rating"] if "rating" in header else [])]
+    held = columns(inter, wanted)
+    users = _names(folder / "u_id_mapping.csv", "userID")
+    items = _names(folder / "i_id_mapping.csv", "itemID")
+    interactions = {
+        "user_id": _named(held["userID"], users, inter, "userID"),
+        "item_id": _named(held["itemID"], items, inter, "itemID"),
+        **{name: held[name] for name in wanted[2:]},
+    }
+    features = {}
+    largest = max(whole_number(item, inter, "itemID") for item in set(held["itemID"]))
+    for path in files(folder, "*_feat.npy"):
+        matrix = numbered(path, first=0, names=items)
+        if largest >= len(matrix.values):
+            raise InputError(
+                f"{path}: {len(matrix.values)} rows, but {inter.name} has an itemID {largest}; "
+                "the two files belong to different states of the data set"
+            )
+        features[re.sub(r"\W+", "_", path.stem.removesuffix("_feat"))] = matrix
+    notes = []
+    if "x_label" in header:
+        notes.append("x_label, MMRec's split, is left out: the split here goes by time")
+    return Source(inter.stem, interactions, features=features, notes=notes)
+
+
+def _names(path: Path, number: str) -> dict[int, str] | None:
+    """Token of each number in a file of two columns; ``None`` without the file."""
+    if not path.is_file():
+        return None
+    others = [name for name in header_of(path) if name != number]
+    if len(others) != 1:
+        raise InputError(f"{path}: needs the column {number} and one of names, has {others} beside")
+    held = columns(path, [number, others[0]])
+    numbers = [whole_number(text, path, number) for text in held[number]]
+    return dict(zip(numbers, held[others[0]], strict=True))
+
+
+def _named(numbers: list[str], names: dict[int, str] | None, inter: Path, column: str) -> list[str]:
+    if names is None:
+        return numbers
+    token = {text: names.get(whole_number(text, inter, column)) for text in set(numbers)}
+    for text, found in token.items():
+        if found is None:
+            raise InputError(
+                f"{inter}: {column} {text} has no name in the mapping of {len(names)}; the two "
+                "files belong to different states of the data set"
+            )
+    return [str(token[text]) for text in numbers]
