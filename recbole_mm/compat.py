@@ -8,10 +8,12 @@ process-wide itself (numpy's old names), or what it should not have set (anomaly
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import inspect
 import os
+import sys
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -87,9 +89,18 @@ def import_model(name: str) -> type | None:
             module = f"recbole.model.{package}.{name.lower()}"
             if importlib.util.find_spec(module) is not None:
                 model = getattr(importlib.import_module(module), name, None)
-                return _with_public_dok(model) if isinstance(model, type) else None
+                return with_public_dok(model) if isinstance(model, type) else None
         return None
     finally:
+        forget_anomaly_detection()
+
+
+def forget_anomaly_detection() -> None:
+    """Switch off what importing RecBole's sequential models has switched on.
+
+    Bound: as of :func:`import_model`.
+    """
+    if "recbole.model.sequential_recommender.sine" in sys.modules:
         torch.autograd.set_detect_anomaly(False)
 
 
@@ -106,12 +117,14 @@ class _DokMatrix(sp.dok_matrix):
             self[key] = value
 
 
-def _with_public_dok(model: type) -> type:
+@functools.cache
+def with_public_dok(model: type) -> type:
     """The model itself, or a subclass of it that builds its graph on today's scipy.
 
     LightGCN, NGCF, SpectralCF, GCMC, NCL, KGIN and MCCLK fill a ``dok_matrix`` through its private
     ``_update``. The methods that do are run with a scipy namespace whose ``dok_matrix`` has it; the
-    class and its module stay as they are. Bound: scipy < 1.13, or RecBole > 1.2.1.
+    class, those it derives from and their modules stay as they are. Bound: scipy < 1.13, or
+    RecBole > 1.2.1.
     """
     if hasattr(sp.dok_matrix, "_update"):
         return model
@@ -122,13 +135,19 @@ def _with_public_dok(model: type) -> type:
             {**method.__globals__, "sp": namespace},
             name,
             method.__defaults__,
+            method.__closure__,
         )
-        for name, method in inspect.getmembers(model, inspect.isfunction)
-        if "_update" in method.__code__.co_names and "dok_matrix" in method.__code__.co_names
+        for name, method in vars(model).items()
+        if inspect.isfunction(method)
+        and "_update" in method.__code__.co_names
+        and "dok_matrix" in method.__code__.co_names
     }
-    if not methods:
+    # behind the model in the order of its parents, so that its super() finds them
+    parents = [parent for base in model.__bases__ if (parent := with_public_dok(base)) is not base]
+    if not methods and not parents:
         return model
-    return type(model.__name__, (model,), {**methods, "__module__": model.__module__})
+    names = {"__module__": model.__module__, "__qualname__": model.__qualname__}
+    return type(model.__name__, (model, *parents), {**methods, **names})
 
 
 @contextlib.contextmanager

@@ -28,7 +28,9 @@ from recbole_mm.registry import (
     get_model,
     is_model,
     is_own,
+    is_users,
     model_of_run,
+    ready,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -209,7 +211,10 @@ class Config(RecBoleConfig):
     def _get_model_and_dataset(
         self, model: str | type | None, dataset: str | None
     ) -> tuple[str, type, str]:
-        given = model if model is not None else self.external_config_dict.get("model")
+        values = self.external_config_dict
+        given = model if model is not None else values.get("model")
+        if given is None and "model" in values:
+            raise InputError("model: none is named; name one in the call or with --model=...")
         if given is not None and model is None and is_own(str(given)):
             # a file that somebody hands on shall not say what code is run
             for file in self._files:
@@ -225,6 +230,8 @@ class Config(RecBoleConfig):
                 "model must be a name (recbole-mm models lists them) or a class derived from a "
                 f"model of RecBole or of this package, got {given!r}"
             )
+        if given is not None:
+            given = ready(given)
         name, model_class, data = super()._get_model_and_dataset(given, dataset)
         if not isinstance(data, str) or Path(data).name != data or data in ("", ".", ".."):
             raise InputError(f"dataset must be a plain folder name below data_path, got {data!r}")
@@ -232,12 +239,11 @@ class Config(RecBoleConfig):
 
     def _load_internal_config_dict(self, model: str, model_class: type, dataset: str) -> None:
         super()._load_internal_config_dict(model, model_class, dataset)
-        recbole_model = RECBOLE_PROPERTIES / f"model/{model}.yaml"
-        self._recbole_model_keys = (
-            set(read_yaml(recbole_model))
-            if model not in MODELS and recbole_model.is_file()
-            else set()
-        )
+        self._of_recbole = [c.__name__ for c in model_class.__mro__ if compat.is_recboles(c)]
+        files = (RECBOLE_PROPERTIES / f"model/{name}.yaml" for name in self._of_recbole)
+        self._recbole_model_keys: set[str] = set()
+        if model not in MODELS:
+            self._recbole_model_keys.update(*(read_yaml(path) for path in files if path.is_file()))
         self.internal_config_dict.update(getattr(model_class, "common_config", {}))
         load_col = self.internal_config_dict.get("load_col") or {}
         # a model given as a class has the properties of those it derives from, and its own
@@ -272,12 +278,11 @@ class Config(RecBoleConfig):
     def _get_final_config_dict(self) -> dict[str, Any]:
         final = dict(self.internal_config_dict)
         transforms = (values.get("transform") for values in (final, self.external_config_dict))
-        known = set(final) | _recbole_keys() | config_rules.unwritten(self.model, transforms)
+        known = set(final) | _recbole_keys() | config_rules.unwritten(self._of_recbole, transforms)
         declared: dict[str, Any] = dict(final.get("modalities") or {})
         chosen: Any = None
         # what a user's class reads, n_layers for one, only its author knows
-        is_own_code = not compat.is_recboles(self.model_class)
-        is_own_code &= self.model_class not in MODELS.values()
+        is_own_code = is_users(self.model_class)
         for source, values in (
             *(("a config file", file) for file in self._files),
             ("config_dict", self.variable_config_dict),

@@ -78,10 +78,11 @@ _FLEXIBLE: dict[str, tuple[type, ...]] = {
 _TYPE_NAMES = {bool: "bool", int: "int", float: "float", str: "str", list: "list", dict: "dict"}
 
 
-def unwritten(model: str, transforms: Iterable[Any]) -> set[str]:
-    """Keys that RecBole reads for a model, or for a transform, and writes in no file for it."""
+def unwritten(models: Iterable[str], transforms: Iterable[Any]) -> set[str]:
+    """Keys that RecBole reads for models, or for transforms, and writes in no file for them."""
     named = [_OF_TRANSFORM.get(str(transform), ()) for transform in transforms]
-    return {key for keys in (_UNWRITTEN_OF.get(model, ()), *named) for key in keys}
+    named += [_UNWRITTEN_OF.get(model, ()) for model in models]
+    return {key for keys in named for key in keys}
 
 
 def check_known(key: str, source: str, known: Iterable[str], own: str = "") -> None:

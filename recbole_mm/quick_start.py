@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import recbole
 import torch
 from recbole.data import data_preparation
 from recbole.utils import ModelType, init_seed
@@ -27,7 +28,7 @@ from recbole_mm.data.batches import count_targets
 from recbole_mm.data.cold_start import keep_histories
 from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import EnvironmentFault, InputError, OutOfMemory, RecboleMMError
-from recbole_mm.registry import is_own
+from recbole_mm.registry import is_own, is_users
 from recbole_mm.run_folder import DAMAGED, RunFolder, environment
 from recbole_mm.trainer import trainer_class
 
@@ -321,9 +322,19 @@ def _make(config: Config) -> _Made:
     except RecboleMMError:
         raise
     except ValueError as error:
-        # the parts of a model check their sizes and choices where they use them
+        # the parts of a model check their sizes and choices where they use them; of a fault in the
+        # user's own code the traceback says more
+        if is_users(config.model_class) and not _raised_in_packages(error):
+            raise
         raise InputError(f"{config['model']}: {error}") from error
     return _Made(dataset, loaders, rules, net, _data_summary(config, dataset))
+
+
+def _raised_in_packages(error: Exception) -> bool:
+    """Whether RecBole or this package has raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    homes = (Path(__file__).parent, Path(recbole.__file__).parent)
+    return any(Path(frame.filename).is_relative_to(home) for home in homes)
 
 
 def _eval_batch_unit(config: Config, n_items: int) -> int:

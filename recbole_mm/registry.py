@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -11,6 +13,7 @@ import recbole
 from recbole.model.abstract_recommender import AbstractRecommender
 
 from recbole_mm import compat
+from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import InputError, nearest
 from recbole_mm.models.cammsr import CAMMSR
 from recbole_mm.models.mdsrec import MDSRec
@@ -70,18 +73,30 @@ def is_own(name: str) -> bool:
     return ":" in name
 
 
+def is_users(model: type) -> bool:
+    """Whether a class is the user's own: neither of this package nor of RecBole."""
+    return MODELS.get(model.__name__) is not model and not compat.is_recboles(model)
+
+
 def name_of(model: Any) -> str:
     """The name by which :func:`get_model` finds a class again, also in another process.
 
     Raises:
-        InputError: If it is no model's class, or one that no module holds.
+        InputError: If it is no model's class, or one that no module holds at its top level.
     """
     if not is_model(model) or "." in model.__qualname__:
         raise InputError(
-            f"models: takes names and classes of models that stand in a module, got {model!r}"
+            "models: takes names, and classes of models at the top level of a module, got "
+            f"{model!r}"
         )
-    if MODELS.get(model.__name__) is model or compat.is_recboles(model):
+    if not is_users(model):
         return model.__name__
+    file = getattr(sys.modules.get(model.__module__), "__file__", None)
+    if model.__module__ == "__main__" and not (file and Path(file).is_file()):
+        raise InputError(
+            f"models: {model.__name__} stands in no file, so that other processes cannot import "
+            "it; write it into a module, and give module:Class or the class"
+        )
     return f"{model.__module__}:{model.__qualname__}"
 
 
@@ -94,6 +109,8 @@ def _own_model(name: str) -> type:
     place, _, wanted = name.partition(":")
     if not all(part.isidentifier() for part in (*place.split("."), wanted)):
         raise InputError(f"model {name!r} is not of the form module:Class, package.module:Class")
+    if place.endswith(".py"):
+        raise InputError(f"model {name!r}: name the module without .py, {place[:-3]}:{wanted}")
     if (here := str(Path.cwd())) not in sys.path:  # as for `python -m`
         sys.path.insert(0, here)
     try:
@@ -104,22 +121,99 @@ def _own_model(name: str) -> type:
         raise InputError(
             f"model {name!r}: there is no module {error.name!r} in {here} or on Python's path"
         ) from error
+    except (Exception, SystemExit) as error:
+        raise InputError(
+            f"model {name!r}: {place} cannot be imported: {type(error).__name__}: {error} "
+            f"({_place_of(error)})"
+        ) from error
     model = getattr(module, wanted, None)
     if not is_model(model):
         there = [key for key, value in vars(module).items() if is_model(value)]
         raise InputError(
-            f"model {name!r}: {place} has no class {wanted!r} derived from a model of RecBole or "
-            f"of this package{nearest(wanted, there)}"
+            f"model {name!r}: {place} ({getattr(module, '__file__', 'built in')}) has no class "
+            f"{wanted!r} derived from a model of RecBole or of this package{nearest(wanted, there)}"
+        )
+    if model.__name__ != wanted:
+        raise InputError(
+            f"model {name!r}: {wanted} is another name of {model.__name__}; write {name_of(model)}"
         )
     return model
 
 
+def _place_of(error: BaseException) -> str:
+    """Where a fault of the user's code is."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}"
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}, line {frame.lineno}"
+
+
+def ready(model: type) -> type:
+    """A class that can run here: the user's own is looked at, RecBole's gaps in it are closed.
+
+    Raises:
+        InputError: If it is the user's own and has the name of another model, derives from one
+            that does not run here, or has a ``default_config`` that no file could hold.
+    """
+    if not is_users(model):
+        return model
+    if model.__name__ in {*model_names(), *_UNSUPPORTED}:
+        whose = "this package" if model.__name__ in MODELS else "RecBole"
+        raise InputError(
+            f"model: {model.__module__}:{model.__name__} has the name of a model of {whose}, for "
+            "which properties, run folders and tables would take it; call the class otherwise"
+        )
+    for cls in model.__mro__:
+        if compat.is_recboles(cls) and cls.__name__ in _UNSUPPORTED:
+            raise InputError(
+                f"model {model.__name__} derives from {cls.__name__}, which does not run here: "
+                f"{_UNSUPPORTED[cls.__name__]}"
+            )
+        _check_defaults(cls)
+    compat.forget_anomaly_detection()
+    return compat.with_public_dok(model)
+
+
+def _check_defaults(cls: type) -> None:
+    """``default_config`` must come back from a file as it was."""
+    values = vars(cls).get("default_config", {})
+    if not isinstance(values, Mapping):
+        raise InputError(
+            f"{cls.__name__}.default_config must be a mapping of keys to values, got {values!r}"
+        )
+    for key, value in values.items():
+        if type(key) is not str or not _is_plain(value):
+            raise InputError(
+                f"{cls.__name__}.default_config: {key!r}: {value!r} is no plain data, which a run "
+                "folder can hold: text for a key; numbers, texts, lists and mappings for a value"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if type(value) is list:
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain(held) for key, held in value.items())
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def sources_of(model: type) -> list[Path]:
-    """Files with the code of a user's class, and of those of the user that it derives from."""
+    """Files with the code of a user's class, and of those of the user that it derives from.
+
+    Of a class in an archive the archive; what these files import does not count.
+    """
     packages = ("recbole", "recbole_mm", "torch", "builtins")
     own = (cls for cls in model.__mro__ if cls.__module__.partition(".")[0] not in packages)
-    files = (getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in own)
-    return sorted({Path(file) for file in files if file})
+    named = (getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in own)
+    found = set()
+    for path in (Path(name) for name in named if name):
+        found.update([place for place in (path, *path.parents) if place.is_file()][:1])
+    return sorted(found)
+
+
+def code_of(model: type) -> str:
+    """What changes with the code of a user's class: hashes of its files; empty for other models."""
+    return " ".join(map(sha256_of, sources_of(model))) if is_users(model) else ""
 
 
 def is_model(given: Any) -> TypeGuard[type]:

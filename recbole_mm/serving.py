@@ -26,7 +26,6 @@ from recbole_mm.data.categories import CategoryTable
 from recbole_mm.data.features import FeatureTable, ModalityFeatures
 from recbole_mm.data.item_graph import ItemGraphs
 from recbole_mm.errors import InputError, NumericalError, nearest
-from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.registry import model_of_run
 from recbole_mm.run_folder import DAMAGED, ITEMS, RunFolder
 
@@ -37,7 +36,7 @@ _ENUMS = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": E
 
 
 def item_constants(net: Any, train: Any) -> Checkpoint | None:
-    """What a model of this package reads of the items; ``None`` for a model that reads ids only.
+    """What a model reads of the items; ``None`` for a model that reads ids only.
 
     Of a feature file only the rows of items are kept, in the file's number type.
 
@@ -45,7 +44,7 @@ def item_constants(net: Any, train: Any) -> Checkpoint | None:
         net: The model.
         train: The training part of its data set.
     """
-    if not (isinstance(net, MultimodalSequentialRecommender) and net.consumes_features):
+    if not getattr(net, "consumes_features", False):
         return None
     table = train.item_features
     tensors: dict[str, Tensor] = {}

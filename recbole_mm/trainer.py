@@ -98,6 +98,7 @@ class TrainerMixin:
         self._n_written = 0  # epochs of the history that metrics.jsonl holds
         self.best_epoch = -1
         self._items, self._n_items = "", 0
+        self._features: dict[str, int] = {}
         self._quiet = not config["show_progress"]
         # RecBole opens a TensorBoard writer and a checkpoint folder below the working directory
         with TemporaryDirectory() as scratch, compat.working_directory(Path(scratch)):
@@ -122,6 +123,8 @@ class TrainerMixin:
         self._loaders = loaders_of(train_data)
         tokens = train_data._dataset.field2id_token[self.config["ITEM_ID_FIELD"]]
         self._items, self._n_items = fingerprint(tokens), len(tokens) - 1
+        if getattr(self.model, "consumes_features", False):
+            self._features = train_data._dataset.item_features.widths
         over = False
         if self._resumed is not None:
             self._restore(self._resumed)
@@ -291,7 +294,7 @@ class TrainerMixin:
             "dataset": self.config["dataset"],
             "n_items": self._n_items,
             "items": self._items,
-            "features": dict(getattr(getattr(self.model, "features", None), "widths", {})),
+            "features": self._features,
         }
 
     # ------------------------------------------------------------------ interruption

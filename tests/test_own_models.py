@@ -4,18 +4,23 @@ import json
 import re
 import subprocess
 import sys
+import types
+import zipfile
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import recbole_mm
 from recbole_mm import tuning
 from recbole_mm.cli import main, run_main
+from recbole_mm.compare.cells import _check_data
 from recbole_mm.compare.plan import plan
 from recbole_mm.config import Config
+from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import InputError
-from recbole_mm.registry import get_model
+from recbole_mm.registry import get_model, sources_of
 
 QUICK = {"epochs": 2, "MAX_ITEM_LIST_LENGTH": 10, "show_progress": False, "hidden_size": 16}
 ARGUMENTS = [f"--{key}={value}" for key, value in QUICK.items()]
@@ -65,7 +70,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path.copy())
     yield tmp_path
-    for name in ("last_item", "plain", "broken", "mine", "mine.models"):
+    for name in ("last_item", "plain", "broken", "mine", "mine.models", "packed", "again"):
         sys.modules.pop(name, None)
 
 
@@ -139,7 +144,9 @@ def test_a_class_stands_for_its_name(here):
         pass
 
     for given in (Local, dict, 3):
-        with pytest.raises(InputError, match="names and classes of models that stand in a module"):
+        with pytest.raises(
+            InputError, match="names, and classes of models at the top level of a module"
+        ):
             plan([given], ["tiny"], 1)
 
 
@@ -162,12 +169,86 @@ def test_a_script_compares_a_class_of_its_own(here):
 def test_two_models_of_one_name_do_not_share_a_table(here):
     (here / "mine").mkdir()
     (here / "mine" / "models.py").write_text(
-        "from last_item import LastItem\n\n\nclass SASRecMM(LastItem):\n    pass\n"
+        "from last_item import LastItem as First\n\n\nclass LastItem(First):\n    pass\n"
+    )
+    with pytest.raises(InputError, match=r"_item:LastItem and mine\.models:LastItem would both be"):
+        plan(["last_item:LastItem", "mine.models:LastItem"], ["tiny"], 1)
+
+
+@pytest.mark.parametrize("name", ["SASRecMM", "SASRec", "GRU4RecKG", "S3Rec"])
+def test_the_name_of_another_model_is_taken(here, name):
+    """Properties, data sets, run folders and tables go by it."""
+    (here / "mine.py").write_text(
+        f"import last_item\n\n\nclass {name}(last_item.LastItem):\n    x = 1\n"
     )
     with pytest.raises(
-        InputError, match=r"SASRecMM and mine\.models:SASRecMM would both be called"
+        InputError, match=f"mine:{name} has the name of a model of .*call the class"
     ):
-        plan(["SASRecMM", "mine.models:SASRecMM"], ["tiny"], 1)
+        recbole_mm.run(f"mine:{name}", "tiny", config_dict=QUICK)
+
+
+def test_a_class_without_a_file_is_no_row(here, monkeypatch):
+    main_module = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main_module)
+    for file in (None, "<stdin>"):
+        main_module.__file__ = file
+        mine = type("Mine", (get_model("last_item:LastItem"),), {"__module__": "__main__"})
+        with pytest.raises(InputError, match="Mine stands in no file"):
+            plan([mine], ["tiny"], 1)
+
+
+def test_a_class_in_an_archive_has_the_key_of_the_archive(here):
+    with zipfile.ZipFile(here / "packed.zip", "w") as archive:
+        archive.writestr("packed.py", (here / "last_item.py").read_text())
+    sys.path.insert(0, str(here / "packed.zip"))
+    (cell,) = plan(["packed:LastItem"], ["tiny"], 1)
+    assert sources_of(get_model("packed:LastItem")) == [here / "packed.zip"]
+    assert cell.code
+
+
+def test_code_that_changes_while_compare_is_at_work_is_noticed(here):
+    (cell,) = plan(["last_item:LastItem"], ["tiny"], 1)
+    _check_data(cell)
+    file = here / "last_item.py"
+    file.write_text(file.read_text() + "# another line\n")
+    with pytest.raises(InputError, match="the code of last_item:LastItem has changed since"):
+        _check_data(cell)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{'size': float}", "'size': <class 'float'> is no plain data"),
+        ("{'size': (1, 2)}", r"'size': \(1, 2\) is no plain data"),
+        ("{'size': {1: 2}}", "is no plain data"),
+        ("{'size': [__import__('numpy').float64(1)]}", "is no plain data"),
+        ("{1: 2}", "1: 2 is no plain data"),
+        ("property(len)", "default_config must be a mapping of keys to values"),
+        ("None", "Mine.default_config must be a mapping"),
+    ],
+)
+def test_defaults_that_a_run_folder_cannot_hold_are_refused(here, config, message):
+    (here / "mine.py").write_text(
+        "from last_item import LastItem\n\n\n"
+        f"class Mine(LastItem):\n    default_config = {config}\n"
+    )
+    with pytest.raises(InputError, match=message):
+        Config("mine:Mine", "tiny")
+
+
+def test_a_fault_in_its_constructor_keeps_its_traceback(here):
+    init = "    def __init__(self, config, dataset):\n        a, b = [1]\n"
+    (here / "mine.py").write_text(
+        f"from last_item import LastItem\n\n\nclass Mine(LastItem):\n{init}"
+    )
+    with pytest.raises(ValueError, match="not enough values") as raised:
+        recbole_mm.run("mine:Mine", "tiny", config_dict=QUICK)
+    assert not isinstance(raised.value, InputError)
+
+
+def test_no_model_is_no_model():
+    with pytest.raises(InputError, match="model: none is named"):
+        Config(None, "tiny", None, {"model": None})
 
 
 def test_it_is_tuned_and_the_command_that_scores_it_names_it(here, capsys):
@@ -190,19 +271,59 @@ def test_it_is_tuned_and_the_command_that_scores_it_names_it(here, capsys):
     assert found["trials"] == 1
 
 
+def test_the_search_of_another_class_does_not_go_on(here):
+    pytest.importorskip("optuna")
+    (here / "hyper.test").write_text("learning_rate choice [0.001]\n")
+    (here / "mine.py").write_text(
+        "from last_item import LastItem as First\n\n\nclass LastItem(First):\n    pass\n"
+    )
+
+    def search(given, **values):
+        values = {**QUICK, "epochs": 1, **values}
+        return tuning.tune(given, "tiny", None, values, params_file="hyper.test", trials=1)
+
+    first = search("last_item:LastItem")
+    # named in the values, as run takes it
+    assert search(None, model="last_item:LastItem")["best_valid_score"] == first["best_valid_score"]
+    with pytest.raises(
+        InputError, match=r"code of the model \('last_item:LastItem .*mine:LastItem"
+    ):
+        search("mine:LastItem")
+    file = here / "last_item.py"
+    file.write_text(file.read_text() + "# another line\n")
+    with pytest.raises(InputError, match="code of the model"):
+        search("last_item:LastItem")
+
+
+def test_a_space_with_a_key_of_its_yaml_names_the_mend(here):
+    pytest.importorskip("optuna")
+    (here / "hyper.test").write_text("warmth choice [0.1,0.2]\n")
+    with pytest.raises(InputError, match=r"declare it there: default_config = \{'warmth': ...\}"):
+        tuning.tune("last_item:LastItem", "tiny", params_file="hyper.test", trials=1)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("last_item:LostItem", "no class 'LostItem' derived from .*; did you mean 'LastItem'"),
-        ("last_item:F", "last_item has no class 'F' derived from a model"),
+        ("last_item:F", r"last_item \(.*last_item.py\) has no class 'F' derived from a"),
         ("nowhere:Model", "there is no module 'nowhere' in .* or on Python's path"),
         ("last_item.parts:Model", "there is no module 'last_item.parts'"),
         ("last item:Model", "is not of the form module:Class"),
         ("last_item:", "is not of the form module:Class"),
+        ("last_item.py:LastItem", "name the module without .py, last_item:LastItem"),
+        ("again:Alias", "Alias is another name of LastItem; write last_item:LastItem"),
+        ("raises:Model", r"raises cannot be imported: ValueError: boom \(.*raises.py, line 2\)"),
+        ("leaves:Model", r"leaves cannot be imported: SystemExit: 0 \(.*leaves.py, line 2\)"),
+        ("halves:Model", r"halves cannot be imported: SyntaxError: .* \(.*halves.py, line 1\)"),
         ("last_item.LastItem", "unknown model .*; a class of your own is named module:Class"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_refused(here, name, message):
+    (here / "again.py").write_text("from last_item import LastItem\n\nAlias = LastItem\n")
+    (here / "raises.py").write_text("x = 1\nraise ValueError('boom')\n")
+    (here / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    (here / "halves.py").write_text("class Model(\n")
     with pytest.raises(InputError, match=message):
         get_model(name)
 
@@ -243,3 +364,104 @@ def test_a_class_written_for_recbole_runs_with_its_own_yaml(here, caplog):
     opened = recbole_mm.open_run(result["run"], model="plain:Plain")
     assert (opened.model.gru.num_layers, opened.model.scale) == (2, 0.5)
     assert "ignores it" not in caplog.text
+
+
+# ------------------------------------------------------------- classes derived from RecBole's
+
+DERIVED = """
+from recbole.model.general_recommender import LightGCN, SimpleX
+from recbole.model.sequential_recommender import DIEN, FEARec, S3Rec
+
+
+class MyLightGCN(LightGCN):
+    def get_norm_adj_mat(self):
+        return super().get_norm_adj_mat()
+
+
+class MyDIEN(DIEN):
+    pass
+
+
+class MyS3Rec(S3Rec):
+    pass
+
+
+class MySimpleX(SimpleX):
+    pass
+
+
+class MyFEARec(FEARec):
+    pass
+"""
+
+
+def test_a_derived_class_runs_where_the_model_does(here):
+    (here / "mine.py").write_text(DERIVED)
+    quick = {"epochs": 1, "show_progress": False}
+    own = recbole_mm.run("mine:MyLightGCN", "tiny", config_dict=quick, saved=False)
+    theirs = recbole_mm.run("LightGCN", "tiny", config_dict=quick, saved=False)
+    assert own["test_result"] == theirs["test_result"]
+
+
+def test_a_derived_class_has_the_data_set_of_the_model(here):
+    (here / "mine.py").write_text(DERIVED)
+    config = Config("mine:MyDIEN", "tiny")
+    assert type(create_dataset(config)) is type(create_dataset(Config("DIEN", "tiny")))
+    # RecBole's sequential models switch it on when they are imported
+    assert not torch.is_anomaly_enabled()
+
+
+def test_a_derived_class_has_the_keys_of_the_model(here):
+    (here / "mine.py").write_text(DERIVED)
+    assert (
+        Config("mine:MySimpleX", "tiny", None, {"negative_weight": 0.5})["negative_weight"] == 0.5
+    )
+    assert Config("mine:MyFEARec", "tiny", None, {"contrast": "us_x"})["contrast"] == "us_x"
+    with pytest.raises(InputError, match="MyS3Rec derives from S3Rec, which does not run here"):
+        Config("mine:MyS3Rec", "tiny")
+
+
+WITH_FEATURES = """
+import torch
+from torch import nn
+from recbole.model.abstract_recommender import SequentialRecommender
+from recbole.utils import InputType
+from recbole_mm.layers.projection import ModalityProjection
+
+
+class Summed:
+    consumes_features = True
+
+    def scores(self):
+        vectors, _ = self.project(torch.arange(self.n_items))
+        return vectors.sum(-2) @ self.taste
+
+    def build(self, dataset):
+        self.project = ModalityProjection(dataset.item_features, 4)
+        self.taste = nn.Parameter(torch.ones(4))
+
+
+class BySequence(Summed, SequentialRecommender):
+    input_type = InputType.POINTWISE
+
+    def __init__(self, config, dataset):
+        super().__init__(config, dataset)
+        self.build(dataset)
+
+    def full_sort_predict(self, interaction):
+        return self.scores().repeat(len(interaction), 1)
+
+    def calculate_loss(self, interaction):
+        scores = self.full_sort_predict(interaction)
+        return nn.functional.cross_entropy(scores, interaction[self.POS_ITEM_ID])
+"""
+
+
+def test_features_of_any_class_that_reads_them_are_kept(here):
+    (here / "mine.py").write_text(WITH_FEATURES)
+    done = recbole_mm.run("mine:BySequence", "tiny", config_dict=QUICK)
+    served = recbole_mm.load(done["run"], model="mine:BySequence")
+    opened = recbole_mm.open_run(done["run"], model="mine:BySequence")
+    scores = served.model.scores()
+    assert scores.abs().max() > 0
+    assert torch.equal(scores, opened.model.scores())

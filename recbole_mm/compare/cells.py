@@ -35,7 +35,7 @@ from recbole_mm.compare.plan import Cell
 from recbole_mm.distributed import end_with_parent
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
 from recbole_mm.files import alone, read_json, write_text
-from recbole_mm.run_folder import STATE, code_digest
+from recbole_mm.run_folder import STATE, code_digest, processor
 
 RECORD = "cell.json"
 ERROR = "error.json"
@@ -238,7 +238,12 @@ def work(cell: Cell, out: Path, threads: int, missing_modality: missing.Wanted) 
 def _check_data(cell: Cell) -> None:
     """The files that are read must be those that the key of the cell tells of."""
     from recbole_mm.config import Config, digest_of_data
+    from recbole_mm.registry import code_of, get_model
 
+    if code_of(get_model(cell.row.model)) != cell.code:
+        raise InputError(
+            f"the code of {cell.row.model} has changed since compare began; give the command again"
+        )
     if digest_of_data(Config(cell.row.model, cell.dataset, [cell.values])) != cell.data:
         raise InputError(
             f"the files of {cell.dataset} have changed since compare began; give the command again"
@@ -255,6 +260,7 @@ def _train(cell: Cell, out: Path, threads: int) -> dict[str, Any]:
         "peak_memory_mb": peak_memory_mb(),
         "gpu_memory_mb": _gpu_memory_mb(),
         "threads": threads,
+        "processor": processor(),
     }
     run_folder = Path(result.pop("run"))
     _explain(cell, run_folder)

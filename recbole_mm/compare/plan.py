@@ -31,9 +31,8 @@ from recbole_mm.config import (
     reusable,
 )
 from recbole_mm.config_rules import drawing_mode
-from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import InputError, nearest
-from recbole_mm.registry import MODELS, class_name, is_own, name_of, sources_of
+from recbole_mm.registry import MODELS, class_name, code_of, is_own, name_of
 
 BASELINES_OF_OURS = ("SASRecFast", "SASRecMM")
 """Models of this package that are baselines in any table."""
@@ -85,6 +84,7 @@ class Cell:
             while compare is at work changes nothing.
         key: Hash of the configuration and of the data files.
         data: Hash of the data files alone.
+        code: Hashes of the files of a user's class.
         tuned: Whether a file of ``--tuned`` is part of the configuration.
     """
 
@@ -94,6 +94,7 @@ class Cell:
     values: Mapping[str, Any]
     key: str
     data: str
+    code: str = ""
     tuned: bool = False
 
     @property
@@ -225,11 +226,12 @@ def _cells(
         )
     values, data = reusable(config.resolved()), digest_of_data(config)
     # of the package's own code a table says below which one computed its rows
-    own = sources_of(config.model_class) if is_own(row.model) else []
-    code = " ".join(map(sha256_of, own))
+    code = code_of(config.model_class)
     for seed in chosen:
         key = _hash(_settings(config, seed) + data + code)
-        yield Cell(row, config["dataset"], seed, {**values, "seed": seed}, key, data, is_tuned)
+        yield Cell(
+            row, config["dataset"], seed, {**values, "seed": seed}, key, data, code, is_tuned
+        )
 
 
 @dataclass(frozen=True)

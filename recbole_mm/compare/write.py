@@ -19,7 +19,7 @@ from recbole_mm.compare.cells import Outcome
 from recbole_mm.compare.tables import RowResult, Table, caption, mark
 from recbole_mm.compare.users import lists_frame
 from recbole_mm.evaluation import PerUser
-from recbole_mm.files import read_json, replacing, write_text, writing
+from recbole_mm.files import replacing, write_text, writing
 
 _MARKDOWN = {"*": "\\*", "-": "▽", "+": "†"}
 _LATEX = {"*": "$^{*}$", "-": "$^{\\triangledown}$", "+": "$^{\\dagger}$"}
@@ -305,7 +305,10 @@ def frame_of_costs(tables: Iterable[Table]) -> pd.DataFrame:
                     f"{clock} s to the best epoch": round(statistics.mean(to_best), 1),
                     "CPU s in all": round(statistics.mean(c["cpu_seconds"] for c in costs), 1),
                     "wall s in all": round(statistics.mean(c["wall_seconds"] for c in costs), 1),
-                    "processor": _processors(row),
+                    # without which the seconds say little
+                    "processor": "; ".join(
+                        dict.fromkeys(cost.get("processor", "unknown") for cost in costs)
+                    ),
                     "threads": max(cost["threads"] for cost in costs),
                     "peak memory, MiB": _most(costs, "peak_memory_mb"),
                     **({"peak GPU memory, MiB": _most(costs, "gpu_memory_mb")} if on_gpu else {}),
@@ -313,12 +316,6 @@ def frame_of_costs(tables: Iterable[Table]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(lines)
-
-
-def _processors(row: RowResult) -> str:
-    """Where the runs of a row were computed, without which their seconds say little."""
-    machines = (read_json(outcome.run / "environment.json") for outcome in row.outcomes)
-    return "; ".join(dict.fromkeys(str(machine["processor"]) for machine in machines))
 
 
 def _most(costs: Sequence[Mapping[str, Any]], key: str) -> int | None:

@@ -9,6 +9,7 @@ import recbole.data.dataset
 from recbole.data.dataset import Dataset, KnowledgeBasedDataset, SequentialDataset
 from recbole.utils import ModelType
 
+from recbole_mm import compat
 from recbole_mm.data.dataset import MultimodalDataset
 from recbole_mm.data.sequential_dataset import MultimodalSequentialDataset
 
@@ -26,9 +27,10 @@ def create_dataset(config: Any) -> Dataset:
         ModelType.SEQUENTIAL: SequentialDataset,
         ModelType.KNOWLEDGE: KnowledgeBasedDataset,
     }
-    base = getattr(classes, f"{config['model']}Dataset", None)
-    if base is None:
-        base = by_type.get(config["MODEL_TYPE"], Dataset)
+    # a class of the user's own has the data set of the model that it derives from
+    lineage = filter(compat.is_recboles, config.model_class.__mro__)
+    named = (getattr(classes, f"{cls.__name__}Dataset", None) for cls in lineage)
+    base = next(filter(None, named), by_type.get(config["MODEL_TYPE"], Dataset))
     return on_our_floor(base)(config)
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from recbole_mm import compat
 from recbole_mm.config import Config, listed
 from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.registry import is_users, name_of
 from recbole_mm.tuning import engines
 from recbole_mm.tuning.outputs import write_outputs
 from recbole_mm.tuning.search import Search, settings_of
@@ -111,8 +112,11 @@ def tune(
     n_trials = default if trials is None else trials
     if algo == "exhaustive":
         n_trials = min(n_trials, default)
+    # that of a class of the user's own says where it is, which the configuration does not
+    own = model is None and is_users(config.model_class)
+    name = name_of(config.model_class) if own else config["model"]
     search = Search(
-        model=config["model"] if model is None else model,
+        model=model if model is not None else name,
         files=tuple(files),
         values=values,
         command_line=tuple(command_line),

@@ -17,6 +17,7 @@ from recbole_mm.config import NO_NUMBERS, Config, digest_of_data, key_of
 from recbole_mm.errors import InputError, NumericalError, OutOfMemory
 from recbole_mm.protocol import Protocol, assert_comparable
 from recbole_mm.quick_start import run
+from recbole_mm.registry import code_of, is_users
 from recbole_mm.tuning.space import Parameter
 
 
@@ -220,6 +221,9 @@ def settings_of(
     }
     if n_seeds > 1:
         settings["seeds"] = n_seeds
+    if is_users(config.model_class):
+        cls = config.model_class
+        settings["code of the model"] = f"{cls.__module__}:{cls.__qualname__} {code_of(cls)}"
     # ray keeps the number of trials with the state that it continues from
     return {**settings, "trials": n_trials} if engine == "ray" else settings
 

@@ -28,6 +28,7 @@ from recbole.utils import argument_list
 from recbole_mm.config import PROPERTIES, Config, key_of, parse_value
 from recbole_mm.config_rules import check_type
 from recbole_mm.errors import InputError, nearest
+from recbole_mm.registry import is_users
 
 _KINDS = {
     "choice": "a list such as [64,128]",
@@ -172,8 +173,11 @@ def check_space(
         if name in _NOT_TUNED:
             raise InputError(f"{where}: {name} is no hyper-parameter: trials must share it")
         if name not in known:
+            own = ""
+            if is_users(config.model_class):
+                own = f"; if it does, declare it there: default_config = {{{name!r}: ...}}"
             raise InputError(
-                f"{where}: {config['model']} does not read {name!r}{nearest(name, known)}"
+                f"{where}: {config['model']} does not read {name!r}{nearest(name, known)}{own}"
             )
         if name in given:
             raise InputError(
