@@ -371,9 +371,8 @@ def _compare(known: argparse.Namespace, rest: Sequence[str]) -> None:
     _print_tables(known.out)
     failed = sum(len(table.failures) for table in tables)
     if failed:
-        raise RecboleMMError(
-            f"{failed} cells failed, see cells.csv; the same command tries them again"
-        )
+        cells = f"{failed} cell{'s' * (failed > 1)}"
+        raise RecboleMMError(f"{cells} failed, see cells.csv; the same command tries again")
 
 
 def _print_tables(out: str) -> None:

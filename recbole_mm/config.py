@@ -200,7 +200,8 @@ class Config(RecBoleConfig):
         for argument in self._command_line:
             key, equals, value = argument.removeprefix("--").partition("=")
             if not argument.startswith("--") or not equals or not key:
-                raise InputError(f"command line: {argument!r} is not of the form --key=value")
+                mend = f"; write {argument}=VALUE" if argument[:2] == "--" and not equals else ""
+                raise InputError(f"command line: {argument!r} is not of the form --key=value{mend}")
             if values.get(key, value) != value:
                 raise InputError(
                     f"command line: {key!r} is given twice, as {values[key]!r} and {value!r}"
@@ -354,6 +355,13 @@ class Config(RecBoleConfig):
         if "repeatable" not in self.external_config_dict:
             final["repeatable"] = sequential
         config_rules.check_modes(final)
+        order = final["eval_args"]["order"]
+        is_sequential = final["MODEL_TYPE"] == ModelType.SEQUENTIAL
+        if is_sequential and order != "TO" and final["benchmark_filename"] is None:
+            raise InputError(
+                f"eval_args: order {order!r} is not possible for the sequential model "
+                f"{self.model}; use order: TO"
+            )
         if (
             sequential
             and final.get("loss_type") == "CE"

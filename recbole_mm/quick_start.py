@@ -9,6 +9,7 @@ import errno
 import functools
 import logging
 import math
+import os
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -247,7 +248,8 @@ def open_run(
         evaluation mode, on the device that this machine offers.
 
     Raises:
-        InputError: If the folder is not one of a finished run, or its data are others by now.
+        InputError: If the folder holds no weights, or its data are others by now. Of a run that
+            is not finished the best weights so far are read, with a warning.
     """
     path = Path(folder)
     with compat.without_recboles_warnings():
@@ -256,6 +258,7 @@ def open_run(
         made = _make(config)
         _check_data(path, made)
         serving.load_best(made.model, saved, path)
+    serving.warn_of_unfinished(path)
     return OpenRun(config, made.dataset, made.loaders, made.model)
 
 
@@ -377,6 +380,8 @@ def _run(
             _LOG.info(line)
             if config["show_progress"]:
                 print(line)  # noqa: T201  (the report of a run belongs on the terminal)
+        if folder is not None and config["show_progress"]:
+            print(f"run folder: {os.path.relpath(folder.path)}")  # noqa: T201  (for --resume)
         _LOG.info(net)
         trainer = trainer_class(config["MODEL_TYPE"], config.model_class)(config, net, folder)
         if interrupted is not None:

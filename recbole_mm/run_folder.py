@@ -87,7 +87,9 @@ class RunFolder:
             InputError: If it is not that of a run.
         """
         if not Path(path, "config.yaml").is_file():
-            raise InputError(f"{path}: not a run folder, it has no config.yaml")
+            below = sorted(Path(path).glob("**/config.yaml")) if Path(path).is_dir() else []
+            hint = f"; there is one below it, {below[-1].parent}" if below else ""
+            raise InputError(f"{path}: not a run folder, it has no config.yaml{hint}")
         folder = cls.__new__(cls)
         folder.path = Path(path).resolve()
         return folder

@@ -8,6 +8,7 @@ Shapes: B histories, N items (row 0 is padding), L sequence length, C categories
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +27,11 @@ from recbole_mm.data.categories import CategoryTable
 from recbole_mm.data.features import FeatureTable, ModalityFeatures
 from recbole_mm.data.item_graph import ItemGraphs
 from recbole_mm.errors import InputError, NumericalError, nearest
+from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.registry import model_of_run
 from recbole_mm.run_folder import DAMAGED, ITEMS, RunFolder
+
+_LOG = logging.getLogger(__name__)
 
 _ENUMS = {"MODEL_TYPE": ModelType, "MODEL_INPUT_TYPE": InputType, "eval_type": EvaluatorType}
 
@@ -228,6 +232,49 @@ class Recommender:
                 found.scores.append([scores[n] for n in kept])
         return found
 
+    @torch.no_grad()
+    def item_vectors(self) -> tuple[list[str], NDArray[np.float32]]:
+        """What an index of nearest neighbours is built from, by largest inner product.
+
+        Returns:
+            Tokens of the ``N - 1`` items, and their vectors ``(N - 1, D)``, without padding.
+
+        Raises:
+            InputError: If the model does not rank by products of vectors of this package's form.
+        """
+        self._check_has_vectors()
+        return self.items[1:], self.model.scoring_table()[1:].float().cpu().numpy()
+
+    @torch.no_grad()
+    def user_vectors(
+        self, histories: Sequence[Sequence[str]], *, skip_unknown: bool = False
+    ) -> NDArray[np.float32]:
+        """Vectors ``(B, D)`` whose products with :meth:`item_vectors` are the scores.
+
+        Args:
+            histories: As in :meth:`recommend`.
+            skip_unknown: As in :meth:`recommend`.
+
+        Raises:
+            InputError: On what :meth:`recommend` and :meth:`item_vectors` refuse.
+        """
+        self._check_has_vectors()
+        ids = [self._ids(n, history, skip_unknown) for n, history in enumerate(histories)]
+        step = self.config["eval_batch_size"]
+        chunks = (self._batch(ids[start : start + step]) for start in range(0, len(ids), step))
+        none = self.model.scoring_table()[:0]  # of the right width, should there be no history
+        found = torch.cat([none, *map(self.model.user_vectors, chunks)])
+        return found.float().cpu().numpy()
+
+    def _check_has_vectors(self) -> None:
+        ours = MultimodalSequentialRecommender
+        predict = getattr(type(self.model), "full_sort_predict", None)
+        if not isinstance(self.model, ours) or predict is not ours.full_sort_predict:
+            raise InputError(
+                f"{self.config['model']} does not say which vectors its scores are products of; "
+                "models do that derive from MultimodalSequentialRecommender and rank as it does"
+            )
+
     def _ids(self, number: int, history: Sequence[str], skip_unknown: bool) -> list[int]:
         is_text = isinstance(history, (str, bytes))
         if is_text or not hasattr(history, "__len__"):
@@ -244,27 +291,27 @@ class Recommender:
             raise InputError(f"history {number} has no item of this run; give at least one")
         return ids
 
-    def _scores(self, histories: Sequence[Sequence[int]], *, masked: bool) -> Tensor:
-        """Scores ``(B, N)``; -inf at padding, and at what is masked."""
+    def _batch(self, histories: Sequence[Sequence[int]]) -> Interaction:
+        """What a model reads of histories, on its device."""
         longest = self.config["MAX_ITEM_LIST_LENGTH"]
         rows = [list(history[-longest:]) for history in histories]
         sequence = torch.zeros(len(rows), longest, dtype=torch.int64)
         for number, row in enumerate(rows):
             sequence[number, : len(row)] = torch.tensor(row)
-        batch = Interaction(
-            {
-                self.model.ITEM_SEQ: sequence,
-                self.model.ITEM_SEQ_LEN: torch.tensor([len(row) for row in rows]),
-            }
-        )
+        length = torch.tensor([len(row) for row in rows])
+        batch = Interaction({self.model.ITEM_SEQ: sequence, self.model.ITEM_SEQ_LEN: length})
+        return batch.to(self.config["device"])
+
+    def _scores(self, histories: Sequence[Sequence[int]], *, masked: bool) -> Tensor:
+        """Scores ``(B, N)``; -inf at padding, and at what is masked."""
         try:
-            scores = self.model.full_sort_predict(batch.to(self.config["device"]))
+            scores = self.model.full_sort_predict(self._batch(histories))
         except KeyError as error:
             raise InputError(
                 f"{self.config['model']} reads {error} of a history besides its items; "
                 "use recbole_mm.open_run"
             ) from error
-        scores = scores.view(len(rows), -1).float().cpu()
+        scores = scores.view(len(histories), -1).float().cpu()
         if not torch.isfinite(scores[:, 1:]).all():
             raise NumericalError(f"{self.config['model']}: a score is not finite; train it anew")
         scores[:, 0] = -torch.inf
@@ -311,7 +358,18 @@ def load(
         net: Any = model_class(config, StoredItems(config, ids, kept))
     net = net.to(config["device"])
     load_best(net, saved, path)
+    warn_of_unfinished(path)
     return Recommender(net, config, items)
+
+
+def warn_of_unfinished(folder: Path) -> None:
+    """Say that the weights are not those of a finished run."""
+    if not (folder / "result.json").is_file():
+        _LOG.warning(
+            "%s: its run is not finished; these are the best weights so far. Go on: "
+            "recbole-mm run --resume=%s",
+            *(folder, folder),
+        )
 
 
 def load_best(net: Any, saved: Checkpoint, folder: Path) -> None:

@@ -36,6 +36,7 @@ from recbole_mm.data.batches import count_targets, loaders_of, seed_batches
 from recbole_mm.errors import InputError, NumericalError
 from recbole_mm.evaluation import Collector, Evaluator, PerUser, Ranker
 from recbole_mm.models.mufasa import MUFASA
+from recbole_mm.registry import get_model
 from recbole_mm.training import TrainingLoop
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class TrainerMixin:
     resumable = False
     shareable = False  # by several processes
 
-    def __init__(self, config: Config, model: Any, folder: RunFolder | None) -> None:
+    def __init__(self, config: Config, model: Any, folder: RunFolder | None = None) -> None:
         self.folder = folder
         self._best: Checkpoint | None = None
         self._resumed: Checkpoint | None = None
@@ -604,12 +605,19 @@ _RESUMABLE = (Trainer, TraditionalTrainer, KGTrainer, MUFASATrainer)
 _SHAREABLE = (Trainer, KGTrainer, MUFASATrainer)
 
 
-def trainer_class(model_type: ModelType, model: type) -> type:
+def trainer_class(model_type: ModelType, model: str | type) -> type:
     """The trainer of a model: ours or RecBole's choice for it, or for what it derives from.
 
-    It has our :class:`TrainerMixin` before it and our :class:`TrainingLoop` beneath it. A class of
-    somebody else's that has the name of a known model is not that model.
+    It has our :class:`TrainerMixin` before it and our :class:`TrainingLoop` beneath it, and is made
+    as RecBole's are, ``trainer_class(config["MODEL_TYPE"], name)(config, model)``: without a run
+    folder, which is its third argument.
+
+    Args:
+        model_type: ``config["MODEL_TYPE"]``.
+        model: Name of the model as :func:`recbole_mm.get_model` takes it, or its class.
     """
+    if isinstance(model, str):
+        model = get_model(model)
     if issubclass(model, MUFASA):
         return _mixed(MUFASATrainer)
     recboles = (cls.__name__ for cls in model.__mro__ if compat.is_recboles(cls))

@@ -79,7 +79,7 @@ class TrainingLoop(Trainer):
             desc=f"epoch {epoch_idx}",
             unit="batch",
             leave=False,
-            disable=not show_progress,
+            disable=None if show_progress else True,  # None: where nobody looks at a terminal
             mininterval=0.5,
         )
         with bar:

@@ -692,3 +692,15 @@ def test_a_data_set_of_the_user_goes_before_the_one_that_is_shipped(tmp_path, mo
 def test_columns_can_be_selected_where_all_are_loaded():
     values = {"load_col": None, "selected_features": ["categories"]}
     assert Config("SASRecF", "tiny", None, values)["load_col"] is None
+
+
+def test_random_order_is_refused_for_sequential_models():
+    values = {"eval_args": {"split": {"RS": [8, 1, 1]}, "order": "RO"}}
+    with pytest.raises(InputError, match="not possible for the sequential model SASRec; use order"):
+        Config("SASRec", "tiny", None, values)
+    assert Config("BPR", "tiny", None, values)["eval_args"]["order"] == "RO"
+
+
+def test_a_value_behind_a_blank_names_the_mend():
+    with pytest.raises(InputError, match=r"'--epochs' is not of the form .*; write --epochs=VALUE"):
+        Config("SASRec", "tiny", command_line=["--epochs", "3"])

@@ -395,3 +395,36 @@ def test_pickled_loaders_of_an_earlier_run_of_recbole_are_not_opened(tmp_path):
     assert load_split_dataloaders(config) is None
     assert config.resolved()["dataloaders_save_path"] is None
     assert recbole_mm.run("Pop", "tiny", config_dict=values, saved=False)["test_result"]
+
+
+@pytest.mark.parametrize("model", ["SASRecMM", "BPR"])
+def test_the_pieces_of_a_run_give_what_the_run_gives(model):
+    """As a script for RecBole has them; its own trainer would leave ``mask_history`` out."""
+    from recbole.data import data_preparation
+    from recbole.utils import init_seed
+
+    from recbole_mm.data.create import create_dataset
+
+    values = {**QUICK, "mask_history": True}
+    config = Config(model, "tiny", None, values)
+    init_seed(config["seed"], config["reproducibility"])
+    train, valid, test = data_preparation(config, create_dataset(config))
+    init_seed(config["seed"], config["reproducibility"])
+    net = recbole_mm.get_model(config["model"])(config, train.dataset).to(config["device"])
+    trainer = recbole_mm.get_trainer(config["MODEL_TYPE"], config["model"])(config, net)
+    trainer.fit(train, valid, saved=True, show_progress=False)
+    done = recbole_mm.run(model, "tiny", None, values, saved=False)
+    assert dict(trainer.evaluate(test)) == done["test_result"]
+
+
+def test_weights_of_an_unfinished_run_are_called_so(tmp_path, caplog):
+    done = recbole_mm.run("SASRecMM", "tiny", None, {**QUICK, "checkpoint_dir": str(tmp_path)})
+    recbole_mm.open_run(done["run"])
+    assert "not finished" not in caplog.text
+    Path(done["run"], "result.json").unlink()
+    for read in (recbole_mm.open_run, recbole_mm.load):
+        caplog.clear()
+        read(done["run"])
+        assert "its run is not finished" in caplog.text
+    with pytest.raises(InputError, match=f"no config.yaml; there is one below it, {done['run']}"):
+        recbole_mm.load(tmp_path)

@@ -70,6 +70,26 @@ def test_a_loaded_model_ranks_as_the_live_one_did(model, folder):
     assert sum(a != b for a, b in zip(found.items, tokens, strict=True)) <= 1  # near ties
 
 
+@pytest.mark.parametrize("model", ["MUFASA", "CAMMSR", "MDSRec", "SASRecMM", "SASRecFast"])
+def test_products_of_vectors_are_the_scores(model, folder):
+    served = recbole_mm.load(folder(model)[0])
+    histories = [["i003", "i005"], ["i004"], [f"i{n:03}" for n in range(12)]]
+    tokens, items = served.item_vectors()
+    users = served.user_vectors(histories)
+    found = served.recommend(histories, k=5, mask_history=False)
+    for user, best, scores in zip(users, *found, strict=True):
+        products = dict(zip(tokens, (items @ user).tolist(), strict=True))
+        assert [products[token] for token in best] == pytest.approx(scores, abs=1e-4)
+        assert max(products.values()) == pytest.approx(scores[0], abs=1e-4)
+    assert served.user_vectors([]).shape == (0, items.shape[1])
+
+
+def test_a_model_without_vectors_is_named(folder):
+    served = recbole_mm.load(folder("SASRec")[0])
+    with pytest.raises(InputError, match="SASRec does not say which vectors"):
+        served.item_vectors()
+
+
 @pytest.mark.parametrize(
     ("device", "message"), [("gpu", "is none that torch knows"), ("cuda", "no GPU is found here")]
 )

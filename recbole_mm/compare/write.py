@@ -348,6 +348,7 @@ def _frame_of_cells(outcomes: Sequence[Outcome], out: Path) -> pd.DataFrame:
                 "state": "failed" if outcome.record is None else "finished",
                 "error": outcome.error,
                 "folder": outcome.folder.relative_to(out).as_posix(),
+                "run": outcome.run.relative_to(out).as_posix() if outcome.record else None,
             }
             for outcome in outcomes
         ]

@@ -78,11 +78,6 @@ class MultimodalDataset(Dataset):
                 f"mask_history: True is not possible for {self.config['model']}, whose data set "
                 "class keeps only the last items of a history; set mask_history: False"
             )
-        if sequential and not self._orders_by_time and not self.config["benchmark_filename"]:
-            raise InputError(
-                f"eval_args: order {self.config['eval_args']['order']!r} is not possible for the "
-                f"sequential model {self.config['model']}; use order: TO"
-            )
         super()._from_scratch()
 
     def _get_preset(self) -> None:

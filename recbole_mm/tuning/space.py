@@ -217,7 +217,7 @@ def _parameter(line: str, where: str) -> Parameter:
     if kind not in _KINDS:
         raise InputError(
             f"{where}: expected `name kind value`, got {line.strip()!r}: "
-            f"{kind or 'nothing'} is none of {', '.join(_KINDS)}"
+            f"{kind or 'no kind, which'} is {'none' if kind else 'one'} of {', '.join(_KINDS)}"
         )
     try:
         values = _choices(text) if kind == "choice" else _numbers(text, kind)

@@ -676,12 +676,6 @@ def test_illegible_interval_is_refused(make, interval):
         create_dataset(make(inter=(INTER, interactions()))(user_inter_num_interval=interval))
 
 
-def test_random_order_is_refused_for_sequential_models(make):
-    split = {"split": {"LS": "valid_and_test"}, "order": "RO", "mode": "full"}
-    with pytest.raises(InputError, match="order: TO"):
-        create_dataset(make(inter=(INTER, interactions()))(eval_args=split))
-
-
 def test_missing_files_are_refused(make, tmp_path):
     config = make(item=("item_id:token", [("i",)]))
     with pytest.raises(InputError, match=r"toy.inter; it holds toy.item; set data_path"):

@@ -75,7 +75,7 @@ def test_every_model_of_the_issue_has_a_space():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("learning_rate", "expected `name kind value`.*nothing is none of choice, uniform"),
+        ("learning_rate", "expected `name kind value`.*no kind, which is one of choice, uniform"),
         ("learning_rate normal 0,1", "normal is none of choice"),
         ("learning_rate uniform", "uniform needs two numbers"),
         ("learning_rate uniform 0.1", "1 numbers"),
