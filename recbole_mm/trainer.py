@@ -130,6 +130,8 @@ class TrainerMixin:
         if self._resumed is not None:
             self._restore(self._resumed)
             over = self.start_epoch >= self.epochs or self.cur_step > self.stopping_step
+        if self.start_epoch > self.epochs and not self._quiet:
+            tqdm.write(f"{self.start_epoch} epochs are done, more than epochs: {self.epochs}")
         if over:  # killed between its last epoch and its result
             self.start_epoch, kwargs["saved"] = self.epochs, False
         self._saved_at = time.monotonic()

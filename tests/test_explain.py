@@ -540,9 +540,6 @@ class Telling(SASRecMM):
         return {"lengths": Table(pd.DataFrame({"length": lengths}), "Lengths")}
 
 
-Telling.__name__ = "SASRecMM"  # whose property file it reads
-
-
 def test_a_model_of_ones_own_explains_itself_with_one_method(tmp_path):
     values = {**QUICK, "explain": True, "checkpoint_dir": str(tmp_path), "epochs": 1}
     result = recbole_mm.run(Telling, "tiny", config_dict=values)

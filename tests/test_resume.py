@@ -234,6 +234,15 @@ def test_a_finished_run_can_be_given_more_epochs(whole, tmp_path):
     assert result["epochs"] == 5
 
 
+def test_fewer_epochs_than_are_done_are_said(whole, tmp_path, capsys):
+    folder = shutil.copytree(whole("SASRecFast"), tmp_path / "run")
+    before = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").unlink()  # killed before its end
+    result = recbole_mm.run(resume=folder, config_dict={"epochs": 2, "show_progress": True})
+    assert result["epochs"] == before["epochs"] == 3
+    assert "3 epochs are done, more than epochs: 2" in capsys.readouterr().out
+
+
 def test_more_epochs_are_refused_where_recbole_would_have_validated_others(whole, tmp_path):
     """RecBole validates after min(eval_step, epochs) epochs: 3 here, 4 in a run of 8."""
     folder = shutil.copytree(whole("SASRecFast", eval_step=4), tmp_path / "run")

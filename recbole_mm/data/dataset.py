@@ -309,6 +309,13 @@ class MultimodalDataset(Dataset):
 
     def _filter_by_field_value(self) -> None:
         """As RecBole; a user or item that a condition on its own file removes loses its rows."""
+        for field in self.config["val_interval"] or ():
+            if field not in self.field2type:
+                hint = nearest(str(field), self.field2type)
+                raise InputError(
+                    f"val_interval: no column {field!r} is read{hint}; add it to load_col.inter "
+                    "(or .user, .item), or mend its name"
+                )
         before = {
             field: feat[field]
             for field, feat in self._side_files()

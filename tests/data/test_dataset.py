@@ -453,6 +453,12 @@ def test_condition_on_items_removes_their_interactions_only(make):
     assert create_dataset(config).field2id_token["item_id"].tolist() == ["[PAD]", "i", "k"]
 
 
+def test_a_condition_on_a_column_that_is_not_read_is_named(make):
+    config = make(inter=(INTER, interactions()))
+    with pytest.raises(InputError, match=r"'timestam' is read; did you mean 'timestamp'.*load_col"):
+        create_dataset(config("BPR", val_interval={"timestam": "[0,5]"}))
+
+
 def test_rows_with_empty_ids_are_left_out_and_counted(make):
     rows = [("a", "", 1), ("", "j", 2), *interactions(), ("", "", 3), ("a", "", 4)]
     dataset = create_dataset(make(inter=(INTER, rows))())
