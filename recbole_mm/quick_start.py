@@ -23,6 +23,7 @@ from recbole.data import data_preparation
 from recbole.utils import ModelType, init_seed
 
 from recbole_mm import compat, distributed, explain, protocol, serving
+from recbole_mm.allocator import keeping_freed_memory
 from recbole_mm.checkpoint import Checkpoint
 from recbole_mm.config import Config, reads_columns, reads_features
 from recbole_mm.data.batches import count_targets
@@ -30,7 +31,7 @@ from recbole_mm.data.cold_start import keep_histories
 from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import EnvironmentFault, InputError, OutOfMemory, RecboleMMError
 from recbole_mm.registry import is_own, is_users
-from recbole_mm.run_folder import DAMAGED, RunFolder, environment
+from recbole_mm.run_folder import DAMAGED, RunFolder, changed_since, environment
 from recbole_mm.trainer import trainer_class
 
 _LOG = logging.getLogger(__name__)
@@ -364,15 +365,25 @@ def _run(
     elif saved:
         folder = RunFolder(config["checkpoint_dir"], config["dataset"], config["model"])
     with ExitStack() as stack:
+        if compat.is_recboles(config.model_class) and config["device"].type == "cpu":
+            # our models take large blocks apart, and of sizes that differ: less time, more memory
+            stack.enter_context(keeping_freed_memory())
         if folder is not None:
             stack.enter_context(folder.held())
             stack.enter_context(folder.logging_to_file(config["state"]))
         if interrupted is not None:
             # a finished run that gets more epochs is unfinished until it has a result again
+            began = interrupted.read_json("environment.json")
+            if changed := changed_since(began, config.model_class):
+                _LOG.warning(
+                    "%s began with another state of things (%s): it goes on, but does not end as "
+                    "if nothing had happened",
+                    *(interrupted.path, "; ".join(changed)),
+                )
             interrupted.remove("result.json")
             interrupted.write_yaml("config.yaml", resolved)
         elif folder is not None:
-            _write_start(folder, resolved, dataset, data, rules)
+            _write_start(folder, config, resolved, dataset, data, rules)
             kept = serving.item_constants(net, train_data._dataset)
             if kept is not None:
                 folder.write_items(*kept)
@@ -616,13 +627,14 @@ def _data_summary(config: Config, dataset: Any) -> dict[str, Any]:
 
 def _write_start(
     folder: RunFolder,
+    config: Config,
     resolved: dict[str, Any],
     dataset: Any,
     data: dict[str, Any],
     rules: protocol.Protocol,
 ) -> None:
     folder.write_yaml("config.yaml", resolved)
-    folder.write_json("environment.json", environment())
+    folder.write_json("environment.json", environment(config.model_class))
     folder.write_json("data.json", data)
     folder.write_json("protocol.json", rules.as_dict())
     folder.write_json("ids.json", _ids(dataset))

@@ -46,12 +46,14 @@ from recbole_mm.checkpoint import MEND, Checkpoint, fingerprint, read, write
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.files import alone, replacing, writing
+from recbole_mm.registry import code_of
 
 MODEL = "model.safetensors"
 STATE = "last.safetensors"
 ITEMS = "items.safetensors"
 
 _PACKAGES = ("recbole", "torch", "numpy", "scipy", "pandas", "scikit-learn", "safetensors")
+_DECIDE = ("recbole", "torch", "numpy")  # what an epoch computes with
 DAMAGED = "restore the folder, or run it anew"
 _COLOUR = re.compile(r"\x1b\[[^m]*m?")
 
@@ -245,8 +247,23 @@ def processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine, for the run folder."""
+def changed_since(began: Mapping[str, Any], model: type) -> list[str]:
+    """What decides the last digits of a run, and is another now than its environment.json says."""
+    now, packages = environment(model), began.get("packages", {})
+    names = {
+        "code": f"the source of recbole_mm, {packages.get('recbole_mm')} then",
+        "code of the model": f"the file of {model.__name__}",
+        "processor": f"the processor, {began.get('processor')} then",
+    }
+    changed = [what for key, what in names.items() if key in began and began[key] != now[key]]
+    for package, version_then in packages.items():
+        if package in _DECIDE and version_then != now["packages"][package]:
+            changed.append(f"{package}, {version_then} then")
+    return changed
+
+
+def environment(model: type) -> dict[str, Any]:
+    """Versions and machine of a run of this model, for the run folder."""
     versions = {"recbole_mm": __version__}
     for package in _PACKAGES:
         try:
@@ -255,6 +272,7 @@ def environment() -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "code": code_digest(),
+        "code of the model": code_of(model),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": processor(),

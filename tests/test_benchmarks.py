@@ -1,7 +1,9 @@
 """The scripts of `benchmarks/` that call the package's parts, not its commands, still can."""
 
 import logging
+import platform
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -32,3 +34,16 @@ def test_an_epoch_is_measured(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["epoch_time.py", *given])
     runpy.run_module("benchmarks.epoch_time", run_name="__main__")
     assert "| 20 | SASRecMM:all |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_steps_are_measured_with_and_without_freed_memory():
+    given = ["--dataset=tiny", f"--data_path={DATASETS}", "--models", "SASRecMM:all"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/freed_memory.py", *given, "--rounds=1", "--steps=1"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "| SASRecMM:all |" in done.stdout

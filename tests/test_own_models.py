@@ -80,13 +80,19 @@ def test_a_run_of_it_is_trained_resumed_and_read_back(here, capsys):
     (folder,) = here.glob("saved/tiny/LastItem/*")
     result = json.loads((folder / "result.json").read_text())
     assert "last_item" not in (folder / "config.yaml").read_text()  # a folder names no code
-    assert main(["run", f"--resume={folder}", "--model=last_item:LastItem", "--epochs=3"]) == 0
+    resume = ["run", f"--resume={folder}", "--model=last_item:LastItem"]
+    assert main([*resume, "--epochs=3"]) == 0
+    assert "another state of things" not in (folder / "run.log").read_text()
     assert json.loads((folder / "result.json").read_text())["epochs"] == result["epochs"] + 1
     capsys.readouterr()
     for model in ("last_item:LastItem", get_model("last_item:LastItem")):
         assert len(recbole_mm.load(folder, model=model).recommend([["i001"]], k=3).items[0]) == 3
         assert recbole_mm.open_run(folder, model=model).config["model"] == "LastItem"
     assert main(["explain", str(folder), "--model=last_item:LastItem", "--items", "i005"]) == 0
+    with (here / "last_item.py").open("a") as source:
+        source.write("# changed\n")
+    assert main([*resume, "--epochs=4"]) == 0
+    assert "things (the file of LastItem)" in (folder / "run.log").read_text()
     assert len((folder / "explain" / "shown.csv").read_text().splitlines()) == 2
 
 

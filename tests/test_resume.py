@@ -341,6 +341,16 @@ def test_a_run_of_a_version_that_did_not_note_the_order_goes_on(cut):
     assert recbole_mm.run(resume=cut)["epochs"] > 0
 
 
+def test_another_state_of_things_is_said(cut, caplog):
+    began = json.loads((cut / "environment.json").read_text())
+    began["packages"]["torch"], began["code"] = "1.13.0", "another"
+    (cut / "environment.json").write_text(json.dumps(began))
+    recbole_mm.run(resume=cut)
+    (said,) = (line for line in caplog.messages if "began with another state of things" in line)
+    assert "(the source of recbole_mm, 0.1.0 then; torch, 1.13.0 then)" in said
+    assert "began with another" in (cut / "run.log").read_text()
+
+
 def test_a_folder_without_a_checkpoint_is_refused(cut):
     (cut / "last.safetensors").unlink()
     with pytest.raises(InputError, match=r"has no last\.safetensors"):
