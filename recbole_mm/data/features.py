@@ -331,7 +331,12 @@ def _check_share(min_coverage: object) -> None:
         raise InputError(f"min_coverage: {min_coverage} is outside [0, 1]")
 
 
-def _declaration(name: str, raw: Mapping[str, Any]) -> Declaration:
+def check_name(name: object) -> None:
+    """Refuse what cannot name a modality.
+
+    Raises:
+        InputError: If it cannot.
+    """
     # a modality names parts of the model (no dots, no method of a ModuleDict) and files (no slash)
     if (
         not isinstance(name, str)
@@ -344,6 +349,10 @@ def _declaration(name: str, raw: Mapping[str, Any]) -> Declaration:
         )
     if name == "id":
         raise InputError("'id' is the trained item embedding; give the feature another name")
+
+
+def _declaration(name: str, raw: Mapping[str, Any]) -> Declaration:
+    check_name(name)
     if not isinstance(raw, Mapping):
         raise InputError(f"{raw!r} is not a mapping; write {{path: <feature file>}}")
     given = {key: value for key, value in raw.items() if value is not None}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -184,6 +186,53 @@ def test_mmrec(tmp_path, vectors):
     assert any("x_label" in note for note in done.notes)
 
 
+def test_mmrecs_missing_images_are_missing(tmp_path, vectors):
+    """Its notebook gives them the mean of the others, and lists them."""
+    others = vectors["image"][8:].astype("float64")
+    vectors["image"][8:] = others
+    vectors["image"][:8] = others.mean(axis=0)
+    write_mmrec(tmp_path / "baby", vectors)
+    done = import_dataset("mmrec", tmp_path / "baby", tmp_path / "data")
+    assert done.features == {"image": (4, 2, 3), "text": (12, 3, 11)}  # one of four in no history
+    file = read_features(tmp_path / "data/baby/image.safetensors")
+    assert file.present.tolist() == [False] * 8 + [True] * 4
+    (tmp_path / "baby/missed_img_itemIDs.csv").write_text("0\n9\n")
+    done = import_dataset("mmrec", tmp_path / "baby", tmp_path / "data", name="listed")
+    file = read_features(tmp_path / "data/listed/image.safetensors")
+    assert file.present.tolist() == [False] * 8 + [True, False, True, True]
+    (tmp_path / "baby/missed_img_itemIDs.csv").write_text("12\n")
+    with pytest.raises(InputError, match=r"has an itemID 12, and image_feat.npy only 12 rows"):
+        import_dataset("mmrec", tmp_path / "baby", tmp_path / "data", name="other")
+
+
+def test_equal_vectors_are_not_missing(tmp_path):
+    write_mmrec(tmp_path / "baby", {"image": np.ones((12, 2)), "text": np.ones((12, 2))})
+    done = import_dataset("mmrec", tmp_path / "baby", tmp_path / "data")
+    assert done.features["image"] == (12, 2, 11)
+
+
+@pytest.mark.parametrize("name", ["on", "1", "null"])
+def test_names_of_modalities_stay_names(tmp_path, vectors, name):
+    write_mmrec(tmp_path / "baby", vectors)
+    (tmp_path / "baby/text_feat.npy").rename(tmp_path / f"baby/{name}_feat.npy")
+    done = import_dataset("mmrec", tmp_path / "baby", tmp_path / "data")
+    assert set(yaml.safe_load(done.config.read_text())["modalities"]) == {"image", name}
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("_feat.npy", "'' cannot name a modality"),
+        ("i mage_feat.npy", "is the modality i_mage, too"),
+    ],
+)
+def test_names_of_no_modality_are_refused(tmp_path, vectors, name, match):
+    write_mmrec(tmp_path / "baby", vectors)
+    (tmp_path / "baby/text_feat.npy").rename(tmp_path / "baby" / name)
+    (tmp_path / "baby/image_feat.npy").rename(tmp_path / "baby/i-mage_feat.npy")
+    refused(match, "mmrec", tmp_path / "baby", tmp_path / "data")
+
+
 def test_mmrec_without_names_keeps_its_numbers(tmp_path, vectors):
     write_mmrec(tmp_path / "baby", vectors, mapped=False)
     import_dataset("mmrec", tmp_path / "baby", tmp_path / "data", name="mine")
@@ -283,6 +332,42 @@ def test_ducho_adds_features_to_a_data_set(tmp_path, vectors):
         import_dataset("ducho", tmp_path / "demo_baby", tmp_path / "data", name="baby")
 
 
+def test_duchos_fused_vectors_are_called_so(tmp_path, vectors):
+    write_mmrec(tmp_path / "baby", vectors)
+    import_dataset("mmrec", tmp_path / "baby", tmp_path / "data")
+    write_ducho(tmp_path / "demo", vectors, [("image", "transformers/openai/clip/1")])
+    place = tmp_path / "demo/visual_embeddings_1"
+    place.rename(tmp_path / "demo/visual_embeddings_textual_embeddings_concat")
+    done = import_dataset("ducho", tmp_path / "demo", tmp_path / "data", name="baby")
+    assert list(done.features) == ["image_text_concat"]
+    assert 'from "demo"' in done.config.read_text()
+    own = tmp_path / "data/baby/baby.yaml"
+    assert done.lines()[-1].endswith(f"--config_files={own} {done.config}'")
+
+
+def test_an_interrupted_import_of_duchos_leaves_nothing(tmp_path, vectors, monkeypatch):
+    write_mmrec(tmp_path / "baby", vectors, mapped=True)
+    import_dataset("mmrec", tmp_path / "baby", tmp_path / "data")
+    folder = tmp_path / "data/baby"
+    models = [("image", "torch/ResNet50/avgpool"), ("image", "torch/ResNet50/fc")]
+    write_ducho(tmp_path / "demo", vectors, models)
+    before, moved, rename = sorted(folder.iterdir()), [], Path.rename
+
+    def interrupted(self, target):
+        rename(self, target)
+        moved.append(self.name)
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        import_dataset("ducho", tmp_path / "demo", tmp_path / "data", name="baby")
+    monkeypatch.undo()
+    assert len(moved) == 2
+    assert sorted(folder.iterdir()) == before
+    import_dataset("ducho", tmp_path / "demo", tmp_path / "data", name="baby")
+
+
 def test_two_layers_of_one_model_keep_apart(tmp_path, vectors):
     write_mmrec(tmp_path / "baby", vectors, mapped=True)
     import_dataset("mmrec", tmp_path / "baby", tmp_path / "data")
@@ -296,9 +381,10 @@ def test_two_layers_of_one_model_keep_apart(tmp_path, vectors):
 def test_what_was_imported_trains(tmp_path, vectors, layout, capsys):
     source = tmp_path / "raw" / "Set"
     WRITERS[layout](source, vectors)
-    data = tmp_path / "data"
+    data = tmp_path / "of mine"
     assert main(["import", layout, str(source), "--name=mine", f"--data_path={data}"]) == 0
-    command = capsys.readouterr().out.splitlines()[-1].removeprefix("use it: recbole-mm ").split()
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("use it: recbole-mm ")
+    command = shlex.split(command)
     assert command[:3] == ["run", "--model=SASRecMM", "--dataset=mine"]
     place = f"--checkpoint_dir={tmp_path / 'saved'}"
     quick = ["--epochs=1", "--topk=[5,10]", "--train_batch_size=8", place]
@@ -320,6 +406,73 @@ def refused(match, layout, folder, data, **more):
 def test_a_pickle_is_not_opened(tmp_path, vectors):
     write_hm4sr(tmp_path / "Games", vectors, as_json=False)
     refused("is not opened here.*pickle.load", "hm4sr", tmp_path / "Games", tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "match"),
+    [
+        ("u_id_mapping.csv", "u1\t1", "u0\t1", "a name or a userID stands twice"),
+        ("i_id_mapping.csv", "B004\t4", "B003\t4", "a name or a itemID stands twice"),
+        ("i_id_mapping.csv", "B004\t4", "B004\t04", "itemID '04' is not a whole number from 0"),
+        ("baby.inter", "1400000060", "1_400", "timestamp '1_400' is not a number"),
+    ],
+)
+def test_mmrecs_tables_say_each_thing_once(tmp_path, vectors, file, old, new, match):
+    write_mmrec(tmp_path / "baby", vectors)
+    path = tmp_path / "baby" / file
+    path.write_text(path.read_text().replace(old, new))
+    refused(match, "mmrec", tmp_path / "baby", tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
+        ("0, 1,5", "item ' 1' is not a whole number from 0"),
+        ("0,0,5", "has an item 0; items are numbered from 1"),
+    ],
+)
+def test_microlens_numbers_are_plain(tmp_path, vectors, row, match):
+    write_microlens(tmp_path / "ml", vectors)
+    with (tmp_path / "ml/MicroLens-50k_pairs.csv").open("a") as file:
+        file.write(row + "\n")
+    refused(match, "microlens", tmp_path / "ml", tmp_path / "data")
+
+
+def test_microlens_texts(tmp_path, vectors):
+    write_microlens(tmp_path / "ml", vectors)
+    with (tmp_path / "ml/tags_to_summary.csv").open("a") as file:
+        file.write("1,Food\n")
+    import_dataset("microlens", tmp_path / "ml", tmp_path / "data")
+    rows = (tmp_path / "data/MicroLens-50k/MicroLens-50k.item").read_text().splitlines()
+    assert rows[1] == "1\tOne, two\tFilm_and_television Food"
+    (tmp_path / "ml/MicroLens-50k_titles.csv").write_text('1,"One\n3,Three\n')
+    with pytest.raises(InputError, match="the text of '1' goes on in the next line"):
+        import_dataset("microlens", tmp_path / "ml", tmp_path / "data", name="other")
+
+
+def test_unisrec_without_names_leaves_texts_out(tmp_path, vectors):
+    write_unisrec(tmp_path / "Sci", vectors)
+    for path in [*(tmp_path / "Sci").glob("*CLS"), tmp_path / "Sci/Sci.item2index"]:
+        path.unlink()
+    done = import_dataset("unisrec", tmp_path / "Sci", tmp_path / "data")
+    assert any("Sci.text is left out: Sci.item2index" in note for note in done.notes)
+    assert not (tmp_path / "data/Sci/Sci.item").exists()
+
+
+def test_a_blank_last_line_is_none(tmp_path, vectors):
+    write_unisrec(tmp_path / "Sci", vectors)
+    with (tmp_path / "Sci/Sci.item2index").open("a") as file:
+        file.write("\n")
+    assert import_dataset("unisrec", tmp_path / "Sci", tmp_path / "data").items == 11
+
+
+@pytest.mark.parametrize("count", [-1.0, float("nan")])
+def test_counts_of_categories_are_counts(tmp_path, vectors, count):
+    write_hm4sr(tmp_path / "Games", vectors)
+    counts = torch.ones(13, 4)
+    counts[3, 1] = count
+    torch.save(counts, tmp_path / "Games/cat.pt")
+    refused("cat.pt: holds a count that is neg", "hm4sr", tmp_path / "Games", tmp_path / "data")
 
 
 def test_mmrec_without_a_time_has_no_order(tmp_path, vectors):
@@ -405,7 +558,10 @@ def test_a_bad_vector_leaves_nothing_behind(tmp_path, vectors):
     bad = vectors["text"].copy()
     bad[3, 1] = np.nan
     np.save(tmp_path / "baby/text_feat.npy", bad)
-    refused("vector of item 'B003' holds NaN", "mmrec", tmp_path / "baby", tmp_path / "data")
+    message = rf"^{tmp_path}/baby/text_feat.npy: the vector of item 'B003' holds NaN.*write zeros"
+    refused(message, "mmrec", tmp_path / "baby", tmp_path / "data")
+    np.save(tmp_path / "baby/text_feat.npy", 0 * vectors["text"])
+    refused("text_feat.npy: every vector is zero", "mmrec", tmp_path / "baby", tmp_path / "data")
 
 
 def mutated(data, rng):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,8 @@ from pathlib import Path
 
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.feature_files import save_features
-from recbole_mm.data.feature_files.common import first_names
+from recbole_mm.data.feature_files.common import first_names, row_chunks
+from recbole_mm.data.features import check_name
 from recbole_mm.data.images import item_tokens
 from recbole_mm.data.layouts import ducho, hm4sr, microlens, mmrec, unisrec
 from recbole_mm.data.layouts.common import Matrix, Source
@@ -73,11 +76,15 @@ class Imported:
                 f"{name}: {rows} vectors of {width} numbers, for {covered} of {self.items} items"
             )
         lines += self.notes
-        return [
-            *lines,
-            f"use it: recbole-mm run --model=SASRecMM --dataset={self.folder.name} "
-            f"--data_path={self.folder.parent} --config_files={self.config}",
+        # what the data set's own file declares, Ducho's features come on top
+        own = self.folder / f"{self.folder.name}.yaml"
+        configs = [own, self.config] if own != self.config and own.is_file() else [self.config]
+        command = [
+            *("recbole-mm", "run", "--model=SASRecMM", f"--dataset={self.folder.name}"),
+            f"--data_path={self.folder.parent}",
+            f"--config_files={' '.join(map(str, configs))}",
         ]
+        return [*lines, f"use it: {shlex.join(command)}"]
 
 
 def import_dataset(
@@ -106,12 +113,14 @@ def import_dataset(
     if not folder.is_dir():
         raise InputError(f"import: {folder} is no folder; give the one that holds the data set")
     source = _READERS[layout](folder)
+    for modality, matrix in source.features.items():
+        _check_matrix(modality, matrix)
     name = source.name if name is None else name
     if Path(name).name != name or name in ("", ".", ".."):
         raise InputError(f"import: {name!r} is no plain folder name; give another with --name")
     target = data_path / name
     if not source.interactions:
-        return _add_features(source, target, layout)
+        return _add_features(source, target, layout, folder)
     if target.exists():
         raise InputError(
             f"{target} is there already; move it away, or give another --name or --data_path"
@@ -152,7 +161,7 @@ def _beside(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _add_features(source: Source, target: Path, layout: str) -> Imported:
+def _add_features(source: Source, target: Path, layout: str, folder: Path) -> Imported:
     """Write the features of a layout without interactions into a data set that is there."""
     name = target.name
     if not (target / f"{name}.inter").is_file():
@@ -167,10 +176,40 @@ def _add_features(source: Source, target: Path, layout: str) -> Imported:
             raise InputError(f"{path} is there already; move it away")
     with writing(target, _MEND), _beside(target) as made:
         features = _write_features(source.features, made, items, layout)
-        write_text(made / config.name, _config(layout, target, {}, features, items))
-        for path in made.iterdir():
-            path.rename(target / path.name)
+        write_text(made / config.name, _config(layout, folder, {}, features, items))
+        declaration = made / config.name  # last: it says that the others are there
+        _move_all([*sorted(set(made.iterdir()) - {declaration}), declaration], target)
     return Imported(target, config, 0, len(items), 0, features, source.notes)
+
+
+def _move_all(paths: Sequence[Path], target: Path) -> None:
+    """Move files into a folder that has none of their names: all, or none."""
+    moved: list[Path] = []
+    try:
+        for path in paths:
+            moved.append(target / path.name)
+            path.rename(moved[-1])
+    except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _check_matrix(modality: str, matrix: Matrix) -> None:
+    """Refuse what no feature file of ours could hold, by the name of the file it came from."""
+    check_name(modality)
+    twice = [token for token, count in Counter(matrix.tokens).items() if count > 1]
+    if twice:
+        raise InputError(f"{matrix.source}: item {twice[0]!r} has two vectors; leave one")
+    for part in row_chunks(*matrix.values.shape):
+        # as the file would be written, in float32
+        bad = (~matrix.values[part].float().isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            raise InputError(
+                f"{matrix.source}: the vector of item {matrix.tokens[part.start + int(bad[0])]!r} "
+                "holds NaN, Inf or what float32 cannot hold; write zeros there, which stand for an "
+                "item without a vector"
+            )
 
 
 def _check_numbers(column: str, cells: Sequence[str], folder: Path) -> None:
@@ -179,7 +218,8 @@ def _check_numbers(column: str, cells: Sequence[str], folder: Path) -> None:
             number = float(cell)
         except ValueError:
             number = math.nan
-        if not math.isfinite(number):
+        # Python reads 1_400 and ' 1', and readers of atomic files do not
+        if not math.isfinite(number) or "_" in cell or cell != cell.strip():
             raise InputError(f"{folder}: {column} {cell!r} is not a number; mend the interactions")
 
 
@@ -213,6 +253,8 @@ def _write_features(
     for modality, matrix in matrices.items():
         present = matrix.present
         having = [matrix.tokens[row] for row in present.nonzero().flatten().tolist()]
+        if not having:
+            raise InputError(f"{matrix.source}: every vector is zero; extract them again")
         covered = sum(token in items for token in having)
         if covered == 0:
             raise InputError(
@@ -251,7 +293,8 @@ def _config(
     for modality, (_, _, covered) in features.items():
         share = int(100 * covered / len(items)) / 100
         low = f", min_coverage: {share}" if share < _MIN_COVERAGE else ""
-        lines.append(f"  {modality}: {{path: {modality}.safetensors{low}}}")
+        # quoted: YAML takes on and 1 for other things than names
+        lines.append(f'  "{modality}": {{path: "{modality}.safetensors"{low}}}')
     texts = [column for column in columns if column != "categories"]
     if texts and "text" not in features:
         lines.append(f"  text: {{derive: text, fields: [{', '.join(texts)}]}}")

@@ -25,11 +25,13 @@ class Matrix:
         values: ``(R, F)``, possibly memory-mapped.
         tokens: Item of each row, none twice.
         source: Where they stood.
+        without: Rows of items that have no vector, beside those of zeros.
     """
 
     values: Tensor
     tokens: Sequence[str]
     source: Path
+    without: Sequence[int] = ()
 
     @property
     def present(self) -> Tensor:
@@ -37,6 +39,7 @@ class Matrix:
         found = torch.empty(len(self.values), dtype=torch.bool)
         for part in row_chunks(*self.values.shape):
             found[part] = self.values[part].ne(0).any(dim=1)
+        found[list(self.without)] = False
         return found
 
 
@@ -108,16 +111,24 @@ def header_of(path: Path) -> list[str]:
     return next(csv_table(path))[1]
 
 
-def pairs(path: Path, header: Sequence[str] = ()) -> dict[str, str]:
-    """A csv of two columns, item and text, whose first row may be ``header``.
+def pairs(path: Path, header: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Texts of each item in a csv of two columns, item and text, whose first row may be ``header``.
 
     Further commas of a row that was written without quotes belong to the text.
+
+    Raises:
+        InputError: If there is no row, or a text goes on in a next line.
     """
-    held = {}
+    held: dict[str, list[str]] = {}
     with reading(path, "csv"), path.open(encoding="utf-8-sig", newline="") as stream:
         for cells in csv.reader(stream):
+            if any("\n" in cell for cell in cells):
+                raise InputError(
+                    f"{path}: the text of {cells[0]!r} goes on in the next line, as with a quote "
+                    "that nothing closes; mend that row"
+                )
             if len(cells) > 1 and tuple(cells[:2]) != tuple(header):
-                held[cells[0]] = ",".join(cells[1:])
+                held.setdefault(cells[0], []).append(",".join(cells[1:]))
     if not held:
         raise InputError(f"{path}: no row of item and text, separated by a comma")
     return held
@@ -159,11 +170,14 @@ def headerless(path: Path, n_rows: int) -> FeatureFile:
 
 
 def whole_number(text: str, path: Path, what: str) -> int:
-    """A number that an id must be in this layout."""
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"{path}: {what} {text!r} is not a whole number") from None
+    """A number that an id must be in this layout, from 0; written as Python would write it.
+
+    Raises:
+        InputError: If it is not; ``03`` and `` 3`` would be names of items beside ``3``.
+    """
+    if not (text.isascii() and text.isdigit() and str(int(text)) == text):
+        raise InputError(f"{path}: {what} {text!r} is not a whole number from 0, in plain digits")
+    return int(text)
 
 
 def positions(histories: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

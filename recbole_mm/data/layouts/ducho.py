@@ -1,6 +1,7 @@
 """Ducho's layout of extracted features: no interactions, they are the user's own.
 
-``<visual|textual|audio>_embeddings*/<backend>/<model>/<layer>/<item>.npy``, one vector a file.
+``<visual|textual|audio>_embeddings*/<backend>/<model>/<layer>/<item>.npy``, one vector a file;
+fused ones in ``visual_embeddings_textual_embeddings_<fusion>``, a modality ``image_text_<fusion>``.
 
 Source of the facts: github.com/sisinflab/Ducho (``config/README.md``, ``demos/``).
 """
@@ -25,8 +26,12 @@ def read(folder: Path) -> Source:
     """
     found: dict[str, list[Path]] = {}
     for place in sorted(folder.glob("*_embeddings*")):
-        kind = _KINDS.get(place.name.split("_")[0])
-        if kind is not None:
+        parts = place.name.split("_embeddings")
+        kinds = [_KINDS.get(part.strip("_")) for part in parts[:-1]]
+        if None not in kinds:
+            # of one: textual_embeddings_1 is no name but a number
+            fusion = [_plain(parts[-1])] if len(kinds) > 1 else []
+            kind = "_".join(filter(None, [*kinds, *fusion]))
             folders = {file.parent for file in place.rglob("*.npy")}
             found.setdefault(kind, []).extend(sorted(folders))
     features: dict[str, Matrix] = {}

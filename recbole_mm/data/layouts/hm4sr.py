@@ -60,6 +60,8 @@ def read(folder: Path) -> Source:
             if name in _MATRICES:
                 features[_MATRICES[name]] = Matrix(values[1:], tokens, folder / name)
             else:
+                if not (values >= 0).all():  # nor NaN
+                    raise InputError(f"{folder / name}: holds a count that is negative or NaN")
                 columns["categories"] = _categories(values[1:], tokens)
     if (folder / "content.txt").is_file():
         columns["text"] = _texts(folder / "content.txt")
@@ -81,6 +83,8 @@ def _tokens(folder: Path, held: list[str]) -> list[str]:
     in_order = [token for _, token in sorted(zip(rows, tokens, strict=True))]
     if sorted(rows) != list(range(len(rows))) or in_order[:1] != ["[PAD]"]:
         raise InputError(f"{path}: ids must be 0 to {len(rows) - 1}, each once, 0 of [PAD]")
+    if len(set(in_order)) != len(in_order):
+        raise InputError(f"{path}: an item stands twice; write each once")
     return in_order[1:]
 
 

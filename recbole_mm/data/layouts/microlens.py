@@ -38,17 +38,22 @@ def read(folder: Path) -> Source:
     """
     path = the_file(folder, "*_pairs.csv", "the interactions")
     held = columns(path, ["user", "item", "timestamp"])
-    largest = max(whole_number(item, path, "item") for item in set(held["item"]))
+    numbers = [whole_number(item, path, "item") for item in set(held["item"])]
+    largest = max(numbers)
+    if min(numbers) < 1:
+        raise InputError(f"{path}: has an item {min(numbers)}; items are numbered from 1")
     interactions = dict(zip(("user_id", "item_id", "timestamp"), held.values(), strict=True))
 
     items = {}
     titles = [*files(folder, "*_titles.csv"), *files(folder, "*_title_en.csv")]
     if titles:
-        items["title"] = pairs(titles[-1], ("item", "title"))  # English, if there are both
+        held = pairs(titles[-1], ("item", "title"))  # English, if there are both
+        items["title"] = {item: " ".join(texts) for item, texts in held.items()}
     if (folder / "tags_to_summary.csv").is_file():
         tags = pairs(folder / "tags_to_summary.csv", ("item", "tag"))
         items["categories"] = {
-            item: "_".join(tag.replace(",", " ").split()) for item, tag in tags.items()
+            item: " ".join("_".join(tag.replace(",", " ").split()) for tag in of_item)
+            for item, of_item in tags.items()
         }
 
     features = {}

@@ -3,7 +3,9 @@
 ===================== =====================================================================
 ``<name>.inter``      tab separated, ``userID itemID rating timestamp x_label``, both numbered
 ``i_id_mapping.csv``  ``asin itemID``; ``u_id_mapping.csv``: ``user_id userID``. May be missing
-``image_feat.npy``    row ``r`` is that of ``itemID`` r; so is ``text_feat.npy``'s
+``image_feat.npy``    row ``r`` is that of ``itemID`` r; so is ``text_feat.npy``'s. Items without
+                      an image have the mean of the others, and stand in
+                      ``missed_img_itemIDs.csv``, which may be missing
 ===================== =====================================================================
 
 Source of the facts: github.com/enoche/MMRec (``src/utils/dataset.py``, ``preprocessing/``).
@@ -12,9 +14,14 @@ Source of the facts: github.com/enoche/MMRec (``src/utils/dataset.py``, ``prepro
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from recbole_mm.data.feature_files.common import reading, row_chunks
 from recbole_mm.data.layouts.common import (
+    Matrix,
     Source,
     columns,
     files,
@@ -48,7 +55,7 @@ def read(folder: Path) -> Source:
         "item_id": _named(held["itemID"], items, inter, "itemID"),
         **{name: held[name] for name in wanted[2:]},
     }
-    features = {}
+    features: dict[str, Matrix] = {}
     largest = max(whole_number(item, inter, "itemID") for item in set(held["itemID"]))
     for path in files(folder, "*_feat.npy"):
         matrix = numbered(path, first=0, names=items)
@@ -57,11 +64,39 @@ def read(folder: Path) -> Source:
                 f"{path}: {len(matrix.values)} rows, but {inter.name} has an itemID {largest}; "
                 "the two files belong to different states of the data set"
             )
-        features[re.sub(r"\W+", "_", path.stem.removesuffix("_feat"))] = matrix
+        modality = re.sub(r"\W+", "_", path.stem.removesuffix("_feat"))
+        if modality in features:
+            raise InputError(
+                f"{path}: {features[modality].source.name} is the modality {modality}, too; give "
+                "one of them another name"
+            )
+        features[modality] = replace(matrix, without=_without(matrix, folder))
     notes = []
     if "x_label" in header:
         notes.append("x_label, MMRec's split, is left out: the split here goes by time")
     return Source(inter.stem, interactions, features=features, notes=notes)
+
+
+def _without(matrix: Matrix, folder: Path) -> list[int]:
+    """Rows that are the mean of all, up to rounding, and those that the list of MMRec names."""
+    parts = list(row_chunks(*matrix.values.shape))
+    # rows that are the mean of the others do not move it
+    sums = torch.stack([matrix.values[part].double().sum(dim=0) for part in parts])
+    mean = sums.sum(dim=0) / len(matrix.values)
+    distance = torch.cat([(matrix.values[part].double() - mean).norm(dim=1) for part in parts])
+    # float32 rounds far below it, the next real vector is far above
+    rows = set((distance < 1e-3 * distance.mean()).nonzero().flatten().tolist())
+    listed = folder / "missed_img_itemIDs.csv"
+    if matrix.source.stem == "image_feat" and listed.is_file():
+        with reading(listed, "text"):
+            numbers = listed.read_text(encoding="utf-8-sig").split()
+        rows |= {whole_number(number, listed, "itemID") for number in numbers}
+        if max(rows, default=0) >= len(matrix.values):
+            raise InputError(
+                f"{listed}: has an itemID {max(rows)}, and {matrix.source.name} only "
+                f"{len(matrix.values)} rows; the files belong to different states of the data set"
+            )
+    return sorted(rows)
 
 
 def _names(path: Path, number: str) -> dict[int, str] | None:
@@ -73,7 +108,10 @@ def _names(path: Path, number: str) -> dict[int, str] | None:
         raise InputError(f"{path}: needs the column {number} and one of names, has {others} beside")
     held = columns(path, [number, others[0]])
     numbers = [whole_number(text, path, number) for text in held[number]]
-    return dict(zip(numbers, held[others[0]], strict=True))
+    names = dict(zip(numbers, held[others[0]], strict=True))
+    if len(names) != len(numbers) or len(set(names.values())) != len(numbers):
+        raise InputError(f"{path}: a name or a {number} stands twice; write each once")
+    return names
 
 
 def _named(numbers: list[str], names: dict[int, str] | None, inter: Path, column: str) -> list[str]:

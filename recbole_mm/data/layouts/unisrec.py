@@ -60,7 +60,11 @@ def read(folder: Path) -> Source:
             features[_MODALITIES[path.suffix]] = _matrix(path, items, folder / f"{name}.item2index")
         else:
             notes.append(f"{path.name} is left out: text with words dropped, for pre-training")
-    texts = _texts(folder / f"{name}.text", set(items.values()))
+    texts = {}
+    if (folder / f"{name}.item2index").is_file():
+        texts = _texts(folder / f"{name}.text", set(items.values()))
+    elif (folder / f"{name}.text").is_file():
+        notes.append(f"{name}.text is left out: {name}.item2index, which has its names, is missing")
     return Source(name, interactions, {"text": texts} if texts else {}, features, notes)
 
 
@@ -139,7 +143,7 @@ def _names(path: Path, known: set[str]) -> dict[str, str]:
     if not path.is_file():
         return {index: index for index in known}
     with reading(path, "text"), path.open(encoding="utf-8-sig", newline="\n") as stream:
-        held = [text.rstrip("\r\n").split("\t") for text in stream]
+        held = [text.rstrip("\r\n").split("\t") for text in stream.read().rstrip().split("\n")]
     for line, cells in enumerate(held, start=1):
         if len(cells) != 2:
             raise InputError(f"{path}, line {line}: {cells!r} is not token<TAB>index")
