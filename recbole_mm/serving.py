@@ -9,7 +9,8 @@ Shapes: B histories, N items (row 0 is padding), L sequence length, C categories
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,10 +217,8 @@ class Recommender:
             raise InputError(f"k must be a whole number, got {k!r}")
         if not 1 <= k < len(self.items):
             raise InputError(f"k must lie between 1 and {len(self.items) - 1}, got {k!r}")
-        if isinstance(histories, (str, bytes)) or not hasattr(histories, "__iter__"):
-            raise InputError(f"histories must be a list of lists of item tokens, got {histories!r}")
         masked = self.config["mask_history"] if mask_history is None else mask_history
-        ids = [self._ids(n, history, skip_unknown) for n, history in enumerate(histories)]
+        ids = self._all_ids(histories, skip_unknown)
         memory = (self.config["eval_memory_mb"] or 512) << 20
         step = max(1, min(self.config["eval_batch_size"], memory // (8 * len(self.items))))
         found = Recommendations([], [])
@@ -243,7 +242,9 @@ class Recommender:
             InputError: If the model does not rank by products of vectors of this package's form.
         """
         self._check_has_vectors()
-        return self.items[1:], self.model.scoring_table()[1:].float().cpu().numpy()
+        return self.items[1:], self.model.scoring_table()[
+            1:
+        ].float().cpu().numpy().copy()  # it is kept
 
     @torch.no_grad()
     def user_vectors(
@@ -259,11 +260,12 @@ class Recommender:
             InputError: On what :meth:`recommend` and :meth:`item_vectors` refuse.
         """
         self._check_has_vectors()
-        ids = [self._ids(n, history, skip_unknown) for n, history in enumerate(histories)]
+        ids = self._all_ids(histories, skip_unknown)
         step = self.config["eval_batch_size"]
         chunks = (self._batch(ids[start : start + step]) for start in range(0, len(ids), step))
         none = self.model.scoring_table()[:0]  # of the right width, should there be no history
-        found = torch.cat([none, *map(self.model.user_vectors, chunks)])
+        with self._no_other_columns():
+            found = torch.cat([none, *map(self.model.user_vectors, chunks)])
         return found.float().cpu().numpy()
 
     def _check_has_vectors(self) -> None:
@@ -274,6 +276,11 @@ class Recommender:
                 f"{self.config['model']} does not say which vectors its scores are products of; "
                 "models do that derive from MultimodalSequentialRecommender and rank as it does"
             )
+
+    def _all_ids(self, histories: Any, skip_unknown: bool) -> list[list[int]]:
+        if isinstance(histories, (str, bytes)) or not hasattr(histories, "__iter__"):
+            raise InputError(f"histories must be a list of lists of item tokens, got {histories!r}")
+        return [self._ids(n, history, skip_unknown) for n, history in enumerate(histories)]
 
     def _ids(self, number: int, history: Sequence[str], skip_unknown: bool) -> list[int]:
         is_text = isinstance(history, (str, bytes))
@@ -302,15 +309,20 @@ class Recommender:
         batch = Interaction({self.model.ITEM_SEQ: sequence, self.model.ITEM_SEQ_LEN: length})
         return batch.to(self.config["device"])
 
-    def _scores(self, histories: Sequence[Sequence[int]], *, masked: bool) -> Tensor:
-        """Scores ``(B, N)``; -inf at padding, and at what is masked."""
+    @contextmanager
+    def _no_other_columns(self) -> Iterator[None]:
         try:
-            scores = self.model.full_sort_predict(self._batch(histories))
+            yield
         except KeyError as error:
             raise InputError(
                 f"{self.config['model']} reads {error} of a history besides its items; "
                 "use recbole_mm.open_run"
             ) from error
+
+    def _scores(self, histories: Sequence[Sequence[int]], *, masked: bool) -> Tensor:
+        """Scores ``(B, N)``; -inf at padding, and at what is masked."""
+        with self._no_other_columns():
+            scores = self.model.full_sort_predict(self._batch(histories))
         scores = scores.view(len(histories), -1).float().cpu()
         if not torch.isfinite(scores[:, 1:]).all():
             raise NumericalError(f"{self.config['model']}: a score is not finite; train it anew")

@@ -82,6 +82,17 @@ def test_products_of_vectors_are_the_scores(model, folder):
         assert [products[token] for token in best] == pytest.approx(scores, abs=1e-4)
         assert max(products.values()) == pytest.approx(scores[0], abs=1e-4)
     assert served.user_vectors([]).shape == (0, items.shape[1])
+    items[:] = 0  # as an index does that normalises in place
+    assert served.recommend(histories, k=5, mask_history=False) == found
+    with pytest.raises(InputError, match="histories must be a list of lists of item tokens, got 5"):
+        served.user_vectors(5)
+
+
+def test_vectors_that_take_more_than_items_are_refused(folder, monkeypatch):
+    served = recbole_mm.load(folder("SASRecMM")[0])
+    monkeypatch.setattr(served.model, "user_vectors", lambda batch: batch["timestamp_list"])
+    with pytest.raises(InputError, match="SASRecMM reads 'timestamp_list' of a history besides"):
+        served.user_vectors([["i003"]])
 
 
 def test_a_model_without_vectors_is_named(folder):
