@@ -52,7 +52,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from recbole_mm.data.atomic import RECBOLES_FORMAT, AtomicFormat, read_atomic, read_header
 from recbole_mm.data.decomposition import decompose, unit_rows
-from recbole_mm.data.digest import sha256_of, stamp_of
+from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.feature_files import read_features, save_features
 from recbole_mm.data.movielens import is_misnumbered_link, translated_link
 from recbole_mm.errors import EnvironmentFault, InputError, nearest, printable
@@ -399,7 +399,7 @@ def _key(job: _Job, digests: Mapping[str, str]) -> str:
     model = Path(method.partition(":")[2])
     if method.startswith(_ENCODERS) and model.is_dir():  # a name on the hub stands for itself
         found = sorted(path for path in model.rglob("*") if path.is_file())
-        inputs["model"] = [[path.relative_to(model).as_posix(), *stamp_of(path)] for path in found]
+        inputs["model"] = [[path.relative_to(model).as_posix(), sha256_of(path)] for path in found]
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
@@ -561,7 +561,10 @@ def _encoded(
     try:
         from sentence_transformers import SentenceTransformer
 
+        _check_modules(Path(name))
         encoder = SentenceTransformer(name)
+    except InputError:
+        raise
     except Exception as error:  # the library, and those that it fetches with, fail in many ways
         said = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise EnvironmentFault(
@@ -575,6 +578,7 @@ def _encoded(
     }
     if kind == "sentence":
         return _vectors(encoder, texts, progress), metadata
+    encoder.tokenizer.padding_side = "right"  # the first token is that of the text
     parts = []
     for start in tqdm(range(0, len(texts), _AT_ONCE), desc="texts", disable=not progress):
         states = encoder.encode(
@@ -585,6 +589,19 @@ def _encoded(
         )
         parts += [state[0].float().cpu().numpy() for state in states]
     return unit_rows(np.stack(parts)), metadata
+
+
+def _check_modules(folder: Path) -> None:
+    """Refuse a folder whose list of modules names code of others: not every version asks first."""
+    if not (folder / "modules.json").is_file():
+        return
+    for module in json.loads((folder / "modules.json").read_text(encoding="utf-8")):
+        name = str(module["type"])
+        if not name.startswith("sentence_transformers."):
+            raise InputError(
+                f"{folder / 'modules.json'}: names the code {printable(name)}, which is not of "
+                "sentence-transformers and is not run here"
+            )
 
 
 def _vectors(encoder: Any, texts: list[str], progress: bool) -> npt.NDArray[np.float32]:

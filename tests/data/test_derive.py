@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import json
 import logging
 import math
 import os
@@ -284,6 +285,8 @@ def encoders(monkeypatch):
     asked = []
 
     class SentenceTransformer:
+        tokenizer = types.SimpleNamespace(padding_side="left")
+
         def __init__(self, name):
             if name == "no/such":
                 raise OSError("no/such is not a model\nand more")
@@ -292,6 +295,7 @@ def encoders(monkeypatch):
         def encode(self, texts, *, output_value="sentence_embedding", **options):
             rows = [torch.eye(4)[len(text) % 4] for text in texts]
             if output_value == "token_embeddings":
+                assert self.tokenizer.padding_side == "right"  # or the first token may be padding
                 return [torch.stack([3 * row, torch.ones(4)]) for row in rows]
             assert options["normalize_embeddings"]
             return torch.stack(rows).numpy()
@@ -330,8 +334,24 @@ def test_the_folder_of_an_encoder_is_looked_at(world, encoders, tmp_path):
     declaration = {**TEXT, "method": f"sentence:{model}"}
     before = world.path(declaration)
     assert world.path(declaration) == before
-    (model / "weights").write_text("12")
-    assert world.path(declaration) != before
+    stamp = (model / "weights").stat()
+    (model / "weights").write_text("2")
+    os.utime(model / "weights", ns=(stamp.st_atime_ns, stamp.st_mtime_ns + 1))
+    changed = world.path(declaration)
+    assert changed != before
+    os.utime(model / "weights")
+    assert world.path(declaration) == changed  # the same bytes
+
+
+def test_a_folder_that_names_other_code_is_refused(world, encoders, tmp_path):
+    modules = [{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    world({**TEXT, "method": f"sentence:{tmp_path}"})
+    modules.append({"idx": 1, "path": "", "type": "evil.Boom"})
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(InputError, match=r"names the code evil\.Boom, which is not of sentence"):
+        world({**TEXT, "method": f"sentence:{tmp_path}"})
+    assert len(encoders) == 1
 
 
 def test_an_encoder_that_cannot_be_loaded_is_named(world, encoders):
