@@ -375,10 +375,9 @@ def _run(
             # a finished run that gets more epochs is unfinished until it has a result again
             began = interrupted.read_json("environment.json")
             if changed := changed_since(began, config.model_class):
-                _LOG.warning(
-                    "%s began with another state of things (%s): it goes on, but does not end as "
-                    "if nothing had happened",
-                    *(interrupted.path, "; ".join(changed)),
+                data["lines"].append(
+                    f"warning: this run began with another state of things ({'; '.join(changed)}): "
+                    "it goes on, but does not end as if nothing had happened"
                 )
             interrupted.remove("result.json")
             interrupted.write_yaml("config.yaml", resolved)

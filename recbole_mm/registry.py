@@ -14,7 +14,7 @@ from recbole.model.abstract_recommender import AbstractRecommender
 
 from recbole_mm import compat
 from recbole_mm.data.digest import sha256_of
-from recbole_mm.errors import InputError, nearest
+from recbole_mm.errors import EnvironmentFault, InputError, nearest
 from recbole_mm.models.cammsr import CAMMSR
 from recbole_mm.models.mdsrec import MDSRec
 from recbole_mm.models.mufasa import MUFASA
@@ -49,8 +49,11 @@ def get_model(name: str) -> type:
             own; Python looks for the module in the working directory first.
 
     Raises:
-        InputError: If there is no such model.
+        InputError: If there is no such model, or the module of a class has a fault.
+        EnvironmentFault: If that module imports a package that is not installed.
     """
+    if not isinstance(name, str):
+        raise InputError(f"model: get_model takes a name, got {name!r}")
     if is_own(name):
         return _own_model(name)
     if name in MODELS:
@@ -117,7 +120,10 @@ def _own_model(name: str) -> type:
         module = importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
-            raise  # of something that the module imports
+            raise EnvironmentFault(
+                f"model {name!r}: {place} imports {error.name}, which is not installed "
+                f"({_place_of(error)})"
+            ) from error
         raise InputError(
             f"model {name!r}: there is no module {error.name!r} in {here} or on Python's path"
         ) from error

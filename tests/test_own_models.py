@@ -19,7 +19,8 @@ from recbole_mm.compare.cells import _check_data
 from recbole_mm.compare.plan import plan
 from recbole_mm.config import Config
 from recbole_mm.data.create import create_dataset
-from recbole_mm.errors import InputError
+from recbole_mm.errors import EnvironmentFault, InputError
+from recbole_mm.models.sasrec import SASRecMM
 from recbole_mm.registry import get_model, sources_of
 
 QUICK = {"epochs": 2, "MAX_ITEM_LIST_LENGTH": 10, "show_progress": False, "hidden_size": 16}
@@ -334,10 +335,16 @@ def test_a_name_that_leads_nowhere_is_refused(here, name, message):
         get_model(name)
 
 
-def test_a_fault_of_the_module_itself_keeps_its_traceback(here):
+def test_a_package_that_the_module_wants_is_named(here, capsys):
     (here / "broken.py").write_text("import no_such_package\n")
-    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
-        get_model("broken:Model")
+    assert run_main(["--model=broken:Model", "--dataset=tiny"]) == EnvironmentFault.exit_code
+    said = "broken imports no_such_package, which is not installed ("
+    assert f"{said}{here / 'broken.py'}, line 1)" in capsys.readouterr().err
+
+
+def test_no_class_is_asked_by_name():
+    with pytest.raises(InputError, match="get_model takes a name, got <class"):
+        get_model(SASRecMM)
 
 
 def test_a_module_of_a_package_is_found(here):

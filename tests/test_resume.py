@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import recbole_mm
 from recbole_mm import trainer
 from recbole_mm.checkpoint import read, write
+from recbole_mm.cli import main
 from recbole_mm.config import DATASETS
 from recbole_mm.errors import InputError
 from recbole_mm.models.mufasa import MUFASA
@@ -341,12 +342,13 @@ def test_a_run_of_a_version_that_did_not_note_the_order_goes_on(cut):
     assert recbole_mm.run(resume=cut)["epochs"] > 0
 
 
-def test_another_state_of_things_is_said(cut, caplog):
+def test_another_state_of_things_is_said(cut, capsys):
     began = json.loads((cut / "environment.json").read_text())
     began["packages"]["torch"], began["code"] = "1.13.0", "another"
     (cut / "environment.json").write_text(json.dumps(began))
-    recbole_mm.run(resume=cut)
-    (said,) = (line for line in caplog.messages if "began with another state of things" in line)
+    assert main(["run", f"--resume={cut}", "--show_progress=True"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    (said,) = (line for line in printed if "began with another state of things" in line)
     assert "(the source of recbole_mm, 0.1.0 then; torch, 1.13.0 then)" in said
     assert "began with another" in (cut / "run.log").read_text()
 

@@ -410,8 +410,8 @@ def test_the_pieces_of_a_run_give_what_the_run_gives(model):
     init_seed(config["seed"], config["reproducibility"])
     train, valid, test = data_preparation(config, create_dataset(config))
     init_seed(config["seed"], config["reproducibility"])
-    net = recbole_mm.get_model(config["model"])(config, train.dataset).to(config["device"])
-    trainer = recbole_mm.get_trainer(config["MODEL_TYPE"], config["model"])(config, net)
+    net = config.model_class(config, train.dataset).to(config["device"])
+    trainer = recbole_mm.get_trainer(config["MODEL_TYPE"], config.model_class)(config, net)
     trainer.fit(train, valid, saved=True, show_progress=False)
     done = recbole_mm.run(model, "tiny", None, values, saved=False)
     assert dict(trainer.evaluate(test)) == done["test_result"]
