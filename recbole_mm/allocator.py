@@ -28,7 +28,8 @@ def keeping_freed_memory() -> Iterator[None]:
     step spends two fifths of its time on them (``benchmarks/results/freed_memory.md``); the price
     is a fifth more memory at the peak. At the end all that is free goes back.
 
-    Where the C library is another one, or a variable of glibc's is set for this, nothing is done.
+    Where the C library is another one, or a variable of glibc's is set for this, if only to nothing
+    (``GLIBC_TUNABLES=``), nothing is done.
     """
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _VARIABLES):
         yield
