@@ -372,13 +372,13 @@ def _run(
             stack.enter_context(folder.held())
             stack.enter_context(folder.logging_to_file(config["state"]))
         if interrupted is not None:
-            # a finished run that gets more epochs is unfinished until it has a result again
             began = interrupted.read_json("environment.json")
             if changed := changed_since(began, config.model_class):
                 data["lines"].append(
                     f"warning: this run began with another state of things ({'; '.join(changed)}): "
                     "it goes on, but does not end as if nothing had happened"
                 )
+            # a finished run that gets more epochs is unfinished until it has a result again
             interrupted.remove("result.json")
             interrupted.write_yaml("config.yaml", resolved)
         elif folder is not None:

@@ -242,9 +242,8 @@ class Recommender:
             InputError: If the model does not rank by products of vectors of this package's form.
         """
         self._check_has_vectors()
-        return self.items[1:], self.model.scoring_table()[
-            1:
-        ].float().cpu().numpy().copy()  # it is kept
+        table = self.model.scoring_table()[1:].float().cpu()
+        return self.items[1:], table.numpy().copy()  # the model scores with its own
 
     @torch.no_grad()
     def user_vectors(

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from recbole_mm.data.feature_files import FeatureFile, read_features
 from recbole_mm.data.feature_files.common import first_names, reading, row_chunks
 from recbole_mm.data.feature_files.tables import csv_table
 from recbole_mm.errors import InputError, nearest
+
+_Key = TypeVar("_Key", int, str)
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,20 @@ def headerless(path: Path, n_rows: int) -> FeatureFile:
             "width, a row for each item; copy it again"
         )
     return read_features(path, dim=numbers // n_rows)
+
+
+def one_to_one(
+    keys: Sequence[_Key], names: Sequence[str], path: Path, what: str
+) -> dict[_Key, str]:
+    """The name of each key.
+
+    Raises:
+        InputError: If a key or a name stands twice.
+    """
+    held = dict(zip(keys, names, strict=True))
+    if len(held) != len(keys) or len(set(names)) != len(keys):
+        raise InputError(f"{path}: {what} stands twice; write each once")
+    return held
 
 
 def whole_number(text: str, path: Path, what: str) -> int:

@@ -27,6 +27,7 @@ from recbole_mm.data.layouts.common import (
     files,
     header_of,
     numbered,
+    one_to_one,
     the_file,
     whole_number,
 )
@@ -108,10 +109,7 @@ def _names(path: Path, number: str) -> dict[int, str] | None:
         raise InputError(f"{path}: needs the column {number} and one of names, has {others} beside")
     held = columns(path, [number, others[0]])
     numbers = [whole_number(text, path, number) for text in held[number]]
-    names = dict(zip(numbers, held[others[0]], strict=True))
-    if len(names) != len(numbers) or len(set(names.values())) != len(numbers):
-        raise InputError(f"{path}: a name or a {number} stands twice; write each once")
-    return names
+    return one_to_one(numbers, held[others[0]], path, f"a name or a {number}")
 
 
 def _named(numbers: list[str], names: dict[int, str] | None, inter: Path, column: str) -> list[str]:

@@ -27,6 +27,7 @@ from recbole_mm.data.layouts.common import (
     Source,
     files,
     headerless,
+    one_to_one,
     positions,
     the_file,
     whole_number,
@@ -147,9 +148,8 @@ def _names(path: Path, known: set[str]) -> dict[str, str]:
     for line, cells in enumerate(held, start=1):
         if len(cells) != 2:
             raise InputError(f"{path}, line {line}: {cells!r} is not token<TAB>index")
-    names = {index: token for token, index in held}
-    if len(names) != len(held) or len(set(names.values())) != len(held):
-        raise InputError(f"{path}: a token or an index stands twice; write each once")
+    tokens, indices = zip(*held, strict=True)
+    names = one_to_one(indices, tokens, path, "a token or an index")
     unknown = sorted(known - set(names))
     if unknown:
         raise InputError(
