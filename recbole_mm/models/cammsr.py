@@ -413,7 +413,6 @@ def _pairs(chosen: Any, names: tuple[str, ...]) -> Tensor:
 
 def _categories(config: Config, dataset: MultimodalSequentialDataset, n_modalities: int) -> Tensor:
     """Categories of all items (N, C) bool; C is 0 where nothing depends on them."""
-    table = dataset.item_categories
     weight = config["category_loss_weight"]
     if not config["category_guided"] and weight > 0:
         raise InputError(
@@ -423,6 +422,7 @@ def _categories(config: Config, dataset: MultimodalSequentialDataset, n_modaliti
     # the weight of a single modality is 1, whatever its category
     if not config["category_guided"] or (n_modalities == 1 and weight == 0):
         return torch.zeros(dataset.num(config["ITEM_ID_FIELD"]), 0, dtype=torch.bool)
+    table = dataset.item_categories
     if table is None:
         raise InputError(
             "category_guided: True needs categories; set category_field to the column of .item "

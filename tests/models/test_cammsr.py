@@ -474,6 +474,11 @@ def test_an_impossible_value_is_refused_by_name(values, message):
         CAMMSR(config, dataset)
 
 
+def test_without_category_guidance_no_category_is_read():
+    unguided = build(CAMMSR, category_guided=False, category_field="no_such_column")
+    assert unguided.dataset.categories_read is None
+
+
 # ------------------------------------------------------------------ a world with a known answer
 
 
