@@ -271,8 +271,8 @@ GUARDS = [
     Guard(
         31,
         "config_rules.py",
-        'if key not in known:\n        raise InputError(f"unknown key',
-        'if False:\n        raise InputError(f"unknown key',
+        "if key not in known:\n        hint",
+        "if False:\n        hint",
         fault("31_an_unknown_key_is_refused_with_the_nearest"),
     ),
     *(

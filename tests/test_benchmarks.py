@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from benchmarks import guards
 from benchmarks.evaluation import SIDES, measure
 from recbole_mm.config import DATASETS
 
@@ -34,6 +35,10 @@ def test_an_epoch_is_measured(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["epoch_time.py", *given])
     runpy.run_module("benchmarks.epoch_time", run_name="__main__")
     assert "| 20 | SASRecMM:all |" in capsys.readouterr().out
+
+
+def test_every_guard_stands_where_it_is_removed():
+    guards.check_texts(guards.GUARDS)
 
 
 @pytest.mark.slow
