@@ -59,7 +59,7 @@ def fault(*names: str) -> tuple[str, ...]:
     return tuple(f"test_fault_cases.py::test_case_{name}" for name in names)
 
 
-ATOMIC, DATASET, DERIVE = "data/atomic.py", "data/dataset.py", "data/derive.py"
+ATOMIC, DATASET, DERIVE = "data/atomic.py", "data/dataset.py", "data/derive/__init__.py"
 FEATURES, RANKER = "data/features.py", "evaluation/ranker.py"
 FILES, COMMON, ARRAYS, TABLES = (
     f"data/feature_files/{name}.py" for name in ("__init__", "common", "arrays", "tables")
@@ -264,7 +264,12 @@ GUARDS = [
         fault("29_too_many_failures_leave_nothing"),
     ),
     Guard(
-        *(30, DERIVE, "(values != 0).any(axis=1), explained", "np.ones(len(ids), bool), explained"),
+        *(
+            30,
+            "data/derive/common.py",
+            "(values != 0).any(axis=1), explained",
+            "np.ones(len(ids), bool), explained",
+        ),
         fault("30_empty_text_is_missing_and_long_or_odd_text_is_read"),
     ),
     # ------------------------------------------------------------------ configuration

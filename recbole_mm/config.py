@@ -18,7 +18,7 @@ from recbole.config import Config as RecBoleConfig
 from recbole.utils import ModelType, argument_list
 
 from recbole_mm import compat, config_rules, distributed
-from recbole_mm.data.derive import text_method
+from recbole_mm.data.derive.text import text_method
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError, nearest

@@ -21,7 +21,7 @@ from recbole_mm.config import (
     parse_value,
     reusable,
 )
-from recbole_mm.data import derive
+from recbole_mm.data.derive import text as derived_text
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.models.mufasa import MUFASA
@@ -86,7 +86,9 @@ def test_the_digest_of_the_data_knows_which_encoder_auto_is(monkeypatch):
         made = config(model, "ml-100k", values={"modalities": text})
         found = []
         for installed in (None, "folder"):
-            monkeypatch.setattr(derive, "_minilm_folder", lambda installed=installed: installed)
+            monkeypatch.setattr(
+                derived_text, "_minilm_folder", lambda installed=installed: installed
+            )
             found.append(digest_of_data(made))
         return found
 

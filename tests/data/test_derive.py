@@ -28,6 +28,7 @@ import yaml
 from recbole_mm.data import derive
 from recbole_mm.data.atomic import AtomicFormat
 from recbole_mm.data.derive import cache_folder, default_cache_dir, resolve_declarations
+from recbole_mm.data.derive import text as derived_text
 from recbole_mm.data.feature_files import read_features
 from recbole_mm.data.features import load_features
 from recbole_mm.data.movielens import is_misnumbered_link, movielens_numbers, translated_link
@@ -202,7 +203,7 @@ def test_other_separators_and_id_column_are_read(world):
     options = {"item_id_field": "movie", "atomic": AtomicFormat(";", "|")}
     expected = weigh({item: words(title) for item, (title, _) in FILMS.items() if title != "_"})
     assert cosines(world({**TEXT, "dim": 99}, **options)) == pytest.approx(expected, abs=1e-6)
-    assert derive._plain("Red|Sun", "|") == "Red Sun"  # what a sentence encoder reads
+    assert derived_text._plain("Red|Sun", "|") == "Red Sun"  # what a sentence encoder reads
 
 
 def test_text_says_what_it_is(world):
@@ -235,13 +236,13 @@ def test_twins_of_tiny_share_one_vector(tmp_path):
 
 
 def test_minilm_without_its_packages_names_the_extra(world, monkeypatch):
-    monkeypatch.setattr(derive, "_minilm_folder", lambda: None)
+    monkeypatch.setattr(derived_text, "_minilm_folder", lambda: None)
     with pytest.raises(EnvironmentFault, match=r"recbole-mm\[minilm\].*method: tfidf"):
         world({**TEXT, "method": "minilm"})
 
 
 def test_auto_without_minilm_is_tfidf(world, monkeypatch):
-    monkeypatch.setattr(derive, "_minilm_folder", lambda: None)
+    monkeypatch.setattr(derived_text, "_minilm_folder", lambda: None)
     assert world.path({**TEXT, "method": "auto"}) == world.path(TEXT)
 
 
@@ -304,12 +305,14 @@ def encoders(monkeypatch):
     module.SentenceTransformer = SentenceTransformer
     module.__spec__ = importlib.machinery.ModuleSpec("sentence_transformers", None)
     monkeypatch.setitem(sys.modules, "sentence_transformers", module)
-    real = derive.version
+    real = derived_text.version
     monkeypatch.setattr(
-        derive, "version", lambda name: "6.2" if name == "sentence-transformers" else real(name)
+        derived_text,
+        "version",
+        lambda name: "6.2" if name == "sentence-transformers" else real(name),
     )
     monkeypatch.setattr(
-        derive, "_major_minor", lambda name: "6.2" if name.startswith("sent") else "1.0"
+        derive, "major_minor", lambda name: "6.2" if name.startswith("sent") else "1.0"
     )
     return asked
 
@@ -647,7 +650,7 @@ def test_second_call_and_touch_are_hits(world):
 
 def test_of_two_that_need_a_file_one_derives_and_the_other_waits(world, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="recbole_mm.files")
-    compute, calls, started = derive._text, [], threading.Event()
+    compute, calls, started = derive.derive_text, [], threading.Event()
 
     def slow(*args):
         calls.append(1)
@@ -656,7 +659,7 @@ def test_of_two_that_need_a_file_one_derives_and_the_other_waits(world, monkeypa
             time.sleep(0.01)
         return compute(*args)
 
-    monkeypatch.setattr(derive, "_text", slow)
+    monkeypatch.setattr(derive, "derive_text", slow)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(world.path, TEXT)
         assert started.wait(60)
