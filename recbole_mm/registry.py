@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
+import sysconfig
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -33,6 +35,10 @@ _UNSUPPORTED = {
     **dict.fromkeys(("LightGBM", "lightgbm"), "it needs the lightgbm package and its own trainer"),
     "S3Rec": "its pre-training reads and writes pickled checkpoints",
 }
+
+
+_NOT_THE_USERS = ("recbole", "recbole_mm", "torch", "builtins")
+_INSTALLED = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}
 
 
 def model_names() -> list[str]:
@@ -204,17 +210,52 @@ def _is_plain(value: Any) -> bool:
 
 
 def sources_of(model: type) -> list[Path]:
-    """Files with the code of a user's class, and of those of the user that it derives from.
+    """Files with the code of a user's class.
 
-    Of a class in an archive the archive; what these files import does not count.
+    They are those of the class, of the user's classes that it derives from, and of all that these
+    files import, wherever in them, from the folder that holds their module or package; of an
+    installed package, from that package alone. Of a class in an archive the archive.
     """
-    packages = ("recbole", "recbole_mm", "torch", "builtins")
-    own = (cls for cls in model.__mro__ if cls.__module__.partition(".")[0] not in packages)
-    named = (getattr(sys.modules.get(cls.__module__), "__file__", None) for cls in own)
-    found = set()
-    for path in (Path(name) for name in named if name):
-        found.update([place for place in (path, *path.parents) if place.is_file()][:1])
+    found: set[Path] = set()
+    for cls in model.__mro__:
+        name = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        if name is None or cls.__module__.partition(".")[0] in _NOT_THE_USERS:
+            continue
+        file = Path(name)
+        root = file.parents[cls.__module__.count(".") + (file.name == "__init__.py")]
+        file = next((place for place in (file, *file.parents) if place.is_file()), file)
+        within = root / cls.__module__.partition(".")[0] if root in _INSTALLED else root
+        waiting = [file]
+        while waiting:
+            file = waiting.pop()
+            if file not in found and file.is_file():
+                found.add(file)
+                waiting += [other for other in _imported(file, root) if within in other.parents]
     return sorted(found)
+
+
+def _imported(file: Path, root: Path) -> Iterator[Path]:
+    """Files of the modules below ``root`` that a file imports, and of the packages around them."""
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError):  # an archive, an extension module
+        return
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names, place = [alias.name for alias in node.names], root
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names]
+            place = file.parents[node.level - 1] if node.level else root
+        else:
+            continue
+        for name in names:
+            if place == root and name.partition(".")[0] in _NOT_THE_USERS:
+                continue
+            folder = place
+            for part in name.split("."):  # the last one may be a class or a function
+                yield folder / f"{part}.py"
+                folder /= part
+                yield folder / "__init__.py"
 
 
 def code_of(model: type) -> str:

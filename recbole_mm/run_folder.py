@@ -252,7 +252,7 @@ def changed_since(began: Mapping[str, Any], model: type) -> list[str]:
     now, packages = environment(model), began.get("packages", {})
     names = {
         "code": f"the source of recbole_mm, {packages.get('recbole_mm')} then",
-        "code of the model": f"the file of {model.__name__}",
+        "code of the model": f"the code of {model.__name__}",
         "processor": f"the processor, {began.get('processor')} then",
     }
     changed = [what for key, what in names.items() if key in began and began[key] != now[key]]

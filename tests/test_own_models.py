@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import recbole_mm
-from recbole_mm import tuning
+from recbole_mm import registry, tuning
 from recbole_mm.cli import main, run_main
 from recbole_mm.compare.cells import _check_data
 from recbole_mm.compare.plan import plan
@@ -93,7 +93,7 @@ def test_a_run_of_it_is_trained_resumed_and_read_back(here, capsys):
     with (here / "last_item.py").open("a") as source:
         source.write("# changed\n")
     assert main([*resume, "--epochs=4"]) == 0
-    assert "things (the file of LastItem)" in (folder / "run.log").read_text()
+    assert "things (the code of LastItem)" in (folder / "run.log").read_text()
     assert len((folder / "explain" / "shown.csv").read_text().splitlines()) == 2
 
 
@@ -211,6 +211,42 @@ def test_a_class_in_an_archive_has_the_key_of_the_archive(here):
     (cell,) = plan(["packed:LastItem"], ["tiny"], 1)
     assert sources_of(get_model("packed:LastItem")) == [here / "packed.zip"]
     assert cell.code
+
+
+def test_what_the_file_of_a_class_imports_from_beside_it_is_its_code(here):
+    files = {
+        "mine/__init__.py": "",
+        "mine/part/__init__.py": "",
+        "mine/part/base.py": "import json, torch\nfrom ..layers import Layer\n"
+        "import mine.part.base\n",
+        "mine/layers.py": "class Layer:\n    def late(self):\n        from . import lazy, Layer\n",
+        "mine/lazy.py": "this is no Python",
+        "mine/unused.py": "",
+        "mine/text.txt": "",
+        "tools.py": "from recbole_mm.models.sasrec import SASRecMM\n",
+        "torch.py": "",
+        "mine/model.py": "import mine.part.base as base\nfrom tools import SASRecMM\n"
+        "class Mine(SASRecMM):\n    pass\n",
+    }
+    for name, text in files.items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(text)
+    found = [path.relative_to(here).as_posix() for path in sources_of(get_model("mine.model:Mine"))]
+    expected = set(files) - {"mine/unused.py", "mine/text.txt", "torch.py"}
+    assert found == sorted(expected, key=lambda name: Path(name).parts)
+
+
+def test_of_an_installed_package_only_its_own_files_are_its_code(here, monkeypatch):
+    monkeypatch.setattr(registry, "_INSTALLED", {here})
+    (here / "pack").mkdir()
+    (here / "other.py").write_text("")
+    (here / "pack" / "base.py").write_text("")
+    (here / "pack" / "model.py").write_text(
+        "import other, pack.base\nfrom recbole_mm.models.sasrec import SASRecMM\n"
+        "class Mine(SASRecMM):\n    pass\n"
+    )
+    found = sources_of(get_model("pack.model:Mine"))
+    assert found == [here / "pack" / "base.py", here / "pack" / "model.py"]
 
 
 def test_code_that_changes_while_compare_is_at_work_is_noticed(here):

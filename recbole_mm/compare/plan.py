@@ -3,7 +3,7 @@
 A row of a table is a model, perhaps with variants: ``MUFASA``, ``MUFASA+without_anchor``,
 ``MUFASA+*`` (every ablation file of the package), ``MUFASA[text]`` (what ``modality_ablation``
 adds), ``module:Class`` for a class of the user's own. A cell is a row, a data set and a seed. It is
-known by a hash of its resolved configuration, of the data files and of the file of a user's class,
+known by a hash of its resolved configuration, of the data files and of the code of a user's class,
 so that a finished one is found again and a changed one is not mistaken for it.
 """
 
