@@ -246,7 +246,7 @@ def sparse_attention_last(
         n_selected_blocks: Blocks attended to token by token.
         block_query: ``(B, H, d)``, query of the first position of the last block: it chooses the
             blocks. To be given for selection ``query_block``, and only then.
-        dropout: Probability of dropping an attention weight.
+        dropout: Probability of dropping an attention weight; see :func:`sparse_attention`.
         generator: Source of the dropout; ``None`` for torch's own.
 
     Returns:
@@ -262,7 +262,7 @@ def sparse_attention_last(
     H, L, d = key.shape[1:]
     scale = d**-0.5
     last = length - 1  # (B,)
-    gates = iter(gate.to(query.dtype).unsqueeze(-1).unbind(-2))  # each (B, H, 1, 1)
+    gates = list(gate.to(query.dtype).unsqueeze(-1).unbind(-2))  # each (B, H, 1, 1)
     output = torch.zeros_like(query)
 
     def attend(keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:
@@ -280,11 +280,15 @@ def sparse_attention_last(
         return attend(key.gather(2, at), value.gather(2, at), seen)
 
     is_finished = padding_mask(length // block_size, L // block_size)  # (B, C)
+    if block_key is not None and block_value is not None:
+        block_gate = gates.pop(0 if window_size is None else 1)
+        output = output + block_gate * attend(block_key, block_value, is_finished)
+    if min(window_size or 0, (n_selected_blocks or 0) * block_size) >= L:
+        seen = padding_mask(length, L)  # plain attention, once for both
+        return (output + (gates[0] + gates[1]) * attend(key, value, seen)).squeeze(2)
     if window_size is not None:
         index = last[:, None] - torch.arange(min(window_size, L), device=key.device)  # (B, w)
-        output = output + next(gates) * attend_at(index, index >= 0)
-    if block_key is not None and block_value is not None:
-        output = output + next(gates) * attend(block_key, block_value, is_finished)
+        output = output + gates[0] * attend_at(index, index >= 0)
     if n_selected_blocks is not None:
         own = last.clamp(min=0) // block_size  # (B,)
         selected = own[:, None]  # (B, n)
@@ -303,7 +307,7 @@ def sparse_attention_last(
         token = torch.arange(block_size, device=key.device)
         index = (selected[..., None] * block_size + token).flatten(1)  # (B, n b)
         exists = (selected >= 0).repeat_interleave(block_size, dim=1)
-        output = output + next(gates) * attend_at(index, exists & (index <= last[:, None]))
+        output = output + gates[-1] * attend_at(index, exists & (index <= last[:, None]))
     return output.squeeze(2)
 
 

@@ -416,10 +416,11 @@ def test_dropout_rate_is_exact_to_16_bits():
 
 @both_selections
 @pytest.mark.parametrize("b", [1, 4, 16])
-def test_last_position_equals_the_full_pass(b, selection):
+@pytest.mark.parametrize(("w", "n"), [(6, 3), (31, 31), (31, 3), (6, 31)])
+def test_last_position_equals_the_full_pass(w, n, b, selection):
     length = [0, 1, 4, 5, 8, 30, 31]
     tensors = inputs(31, len(length), b)
-    options = {"block_size": b, "window_size": 6, "n_selected_blocks": 3}
+    options = {"block_size": b, "window_size": w, "n_selected_blocks": n}
     full = attend(tensors, length, selection=selection, **options)
     row, last = torch.arange(len(length)), (torch.tensor(length) - 1).clamp(min=0)
     expected = torch.where(torch.tensor(length)[:, None, None] > 0, full[row, :, last], 0.0)
@@ -449,6 +450,24 @@ def test_last_position_honours_dropout():
     dropped = sparse_attention_last(**many, **options, dropout=0.5)
     assert_close(dropped.mean(0, keepdim=True), once, rtol=0, atol=0.15)
     assert dropped.std(0).gt(0.05).all()
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_window_and_selection_of_the_whole_row_are_dropped_once(last):
+    tensors = {name: x.detach() for name, x in inputs(31, 8).items()}
+    options = {"block_size": 4, "window_size": 31, "n_selected_blocks": 8, "dropout": 0.5}
+
+    def run(window_gate, selection_gate):
+        values = dict(tensors, gate=tensors["gate"].clone())
+        values["gate"][..., 0], values["gate"][..., 2] = window_gate, selection_gate
+        draws = torch.Generator().manual_seed(1)
+        if not last:
+            return attend(values, **options, generator=draws)
+        values |= {name: values[name][:, :, -1] for name in ("query", "gate")}
+        length = torch.full((8,), 31)
+        return sparse_attention_last(**values, length=length, **options, generator=draws)
+
+    assert_close(run(0.25, 0.75), run(0.75, 0.25), rtol=0, atol=1e-12)
 
 
 class LargestTensor(TorchDispatchMode):
