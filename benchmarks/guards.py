@@ -227,13 +227,18 @@ GUARDS = [
         ("data/test_download.py::test_members_that_lead_out_are_refused",),
     ),
     Guard(
-        *(28, "config.py", "class _Loader(yaml.SafeLoader):", "class _Loader(yaml.UnsafeLoader):"),
+        *(
+            28,
+            "plain_yaml.py",
+            "class Loader(yaml.SafeLoader):",
+            "class Loader(yaml.UnsafeLoader):",
+        ),
         fault("28_declarations_are_data"),
     ),
     Guard(
         28,
-        "config.py",
-        "        value = _plain_data(text)\n    except yaml.YAMLError:\n",
+        "plain_yaml.py",
+        "        value = _data_of(text)\n    except yaml.YAMLError:\n",
         "        value = eval(text)\n    except (NameError, SyntaxError, TypeError, ValueError):\n",
         fault("28_values_of_the_command_line_are_data"),
     ),

@@ -17,11 +17,12 @@ import yaml
 from recbole.config import Config as RecBoleConfig
 from recbole.utils import ModelType, argument_list
 
-from recbole_mm import compat, config_rules, distributed
+from recbole_mm import compat, config_rules, distributed, plain_yaml
 from recbole_mm.data.derive.text import text_method
 from recbole_mm.data.digest import sha256_of
 from recbole_mm.data.download import published
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError, nearest
+from recbole_mm.plain_yaml import read_yaml, typed_value
 from recbole_mm.registry import (
     MODELS,
     RECBOLE_PROPERTIES,
@@ -68,63 +69,6 @@ NO_NUMBERS = frozenset(
 
 
 _F = TypeVar("_F")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads ``1e-3`` as a number, as RecBole's own loader does.
-
-    A key that a mapping has twice is an error; PyYAML would take the last one.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        found = set()
-        for key, _ in node.value:
-            if (key.tag, key.value) in found:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
-                )
-            if isinstance(key, yaml.ScalarNode):
-                found.add((key.tag, key.value))
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
-        |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
-        |[-+]?\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?
-        |[-+]?\.(?:inf|Inf|INF)
-        |\.(?:nan|NaN|NAN))$""",
-        re.X,
-    ),
-    list("-+0123456789."),
-)
-
-
-def _plain_data(text: str) -> Any:
-    """What a YAML text holds.
-
-    Raises:
-        yaml.YAMLError: If that is not plain data. PyYAML raises other errors too, for example
-            ValueError for the date 2020-13-45.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  # nosec B506  (a SafeLoader)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise yaml.YAMLError(str(error)) from error
-
-
-def parse_value(text: str) -> Any:
-    """A command-line value as a YAML scalar, list or mapping; text that is no YAML stays text."""
-    if text in ("None", "none"):
-        return None
-    try:
-        value = _plain_data(text)
-    except yaml.YAMLError:
-        return text
-    is_date = hasattr(value, "isoformat")
-    return text if is_date or isinstance(value, bytes) else value
 
 
 class Config(RecBoleConfig):
@@ -182,7 +126,7 @@ class Config(RecBoleConfig):
         compat.set_numpy_names()
 
     def _build_yaml_loader(self) -> type[yaml.SafeLoader]:
-        return _Loader
+        return plain_yaml.Loader
 
     def _load_config_files(
         self, file_list: Sequence[str | Path | Mapping[str, Any]]
@@ -306,7 +250,7 @@ class Config(RecBoleConfig):
                 default = self.internal_config_dict.get(key)
                 value = given
                 if isinstance(given, str) and source != "a config file":
-                    value = _from_text(given, default)
+                    value = typed_value(given, default)
                 config_rules.check_type(
                     key, value, default, source, lenient_int=key in self._recbole_model_keys
                 )
@@ -550,36 +494,6 @@ def digest_of_data(config: Config) -> str:
         lines.append(f"text by {text_method('auto')}")
     text = "\n".join(lines).encode(errors="surrogateescape")
     return hashlib.sha256(text).hexdigest()[:12]
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping from a YAML file of plain data.
-
-    Raises:
-        InputError: If the file cannot be read, or holds anything else.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"config file {path}: cannot be read ({error}); check the path") from error
-    try:
-        values = _plain_data(text)
-    except yaml.YAMLError as error:
-        raise InputError(
-            f"config file {path}: not valid YAML, or not plain data: {error}"
-        ) from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise InputError(f"config file {path}: must be a mapping of keys to values")
-    return values
-
-
-def _from_text(text: str, default: Any) -> Any:
-    """Text of the command line or of ``config_dict`` as the type that its key has."""
-    if isinstance(default, str):
-        return None if text in ("None", "~", "null") else text
-    return parse_value(text)
 
 
 def choose(declared: Mapping[str, Any], chosen: list[str] | None) -> dict[str, Any]:

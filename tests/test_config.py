@@ -18,13 +18,13 @@ from recbole_mm.config import (
     PROPERTIES,
     Config,
     digest_of_data,
-    parse_value,
     reusable,
 )
 from recbole_mm.data.derive import text as derived_text
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.models.base import MultimodalSequentialRecommender
 from recbole_mm.models.mufasa import MUFASA
+from recbole_mm.plain_yaml import parse_value
 from recbole_mm.registry import get_model
 from recbole_mm.trainer import trainer_class
 

@@ -25,13 +25,12 @@ from recbole_mm.config import (
     choose,
     digest_of_data,
     key_of,
-    parse_value,
-    read_yaml,
     reads_features,
     reusable,
 )
 from recbole_mm.config_rules import drawing_mode
 from recbole_mm.errors import InputError, nearest
+from recbole_mm.plain_yaml import parse_value, read_yaml
 from recbole_mm.registry import MODELS, class_name, code_of, is_own, name_of
 
 BASELINES_OF_OURS = ("SASRecFast", "SASRecMM")

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from recbole_mm.config import NO_NUMBERS, Config, _from_text
+from recbole_mm.config import NO_NUMBERS, Config
 from recbole_mm.errors import InputError, NumericalError, OutOfMemory
+from recbole_mm.plain_yaml import typed_value
 from recbole_mm.tuning.search import Record, Search, write_text
 from recbole_mm.tuning.space import Parameter
 
@@ -81,7 +82,7 @@ def _given(config: Config) -> dict[str, Any]:
     for key, value in config.external_config_dict.items():
         if key in NO_NUMBERS or key in ("model", "dataset", "seed") or key not in final:
             continue
-        typed = _from_text(value, known.get(key)) if isinstance(value, str) else value
+        typed = typed_value(value, known.get(key)) if isinstance(value, str) else value
         # a list of modalities picks from what is declared elsewhere
         values[key] = final[key] if key == "modalities" else typed
     return values

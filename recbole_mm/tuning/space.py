@@ -25,9 +25,10 @@ from typing import Any
 
 from recbole.utils import argument_list
 
-from recbole_mm.config import PROPERTIES, Config, key_of, parse_value
+from recbole_mm.config import PROPERTIES, Config, key_of
 from recbole_mm.config_rules import check_type
 from recbole_mm.errors import InputError, nearest
+from recbole_mm.plain_yaml import parse_value
 from recbole_mm.registry import is_users
 
 _KINDS = {
