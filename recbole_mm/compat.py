@@ -89,7 +89,9 @@ def import_model(name: str) -> type | None:
             module = f"recbole.model.{package}.{name.lower()}"
             if importlib.util.find_spec(module) is not None:
                 model = getattr(importlib.import_module(module), name, None)
-                return with_public_dok(model) if isinstance(model, type) else None
+                if not isinstance(model, type):
+                    return None
+                return with_true_counts(model) if name == "Pop" else with_public_dok(model)
         return None
     finally:
         forget_anomaly_detection()
@@ -148,6 +150,36 @@ def with_public_dok(model: type) -> type:
         return model
     names = {"__module__": model.__module__, "__qualname__": model.__qualname__}
     return type(model.__name__, (model, *parents), {**methods, **names})
+
+
+@functools.cache
+def with_true_counts(pop: type) -> type:
+    """RecBole's Pop, with the counts of the training interactions.
+
+    Pop adds one to the items of a batch, so that an item which is there ten times counts once, and
+    takes the negatives that are drawn for it by default for interactions: on
+    amazon-scientific-clip that costs it 42 % of its NDCG@10, and makes it depend on the seed.
+    Bound: RecBole > 1.2.1 whose Pop does neither.
+    """
+
+    def calculate_loss(self: Any, interaction: Any) -> torch.Tensor:
+        items = interaction[self.ITEM_ID]
+        if self.label_of_drawn is not None:
+            items = items[interaction[self.label_of_drawn] > 0]
+        self.item_cnt += torch.bincount(items, minlength=len(self.item_cnt)).unsqueeze(1)
+        self.max_cnt = self.item_cnt.amax(0)
+        return torch.zeros(1, device=self.device, requires_grad=True)
+
+    def __init__(self: Any, config: Any, dataset: Any) -> None:  # noqa: N807  (of the class below)
+        super(counting, self).__init__(config, dataset)  # type: ignore[arg-type]
+        drawing = (config["train_neg_sample_args"] or {}).get("distribution", "none")
+        self.label_of_drawn = None if drawing == "none" else config["LABEL_FIELD"]
+
+    names = {"__module__": pop.__module__, "__qualname__": pop.__qualname__}
+    counting = type(
+        "Pop", (pop,), {**names, "calculate_loss": calculate_loss, "__init__": __init__}
+    )
+    return counting
 
 
 @contextlib.contextmanager

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
+from recbole.data import data_preparation
 
 from recbole_mm import compat
+from recbole_mm.config import Config
+from recbole_mm.data.create import create_dataset
 from recbole_mm.errors import EnvironmentFault
 
 
@@ -42,6 +45,24 @@ def test_graph_models_build_their_matrix_on_todays_scipy_without_a_patch():
     # user 0 has two items, item 0 has one user: 1 / sqrt(2 * 1)
     assert adjacency[0, 2].item() == pytest.approx(2**-0.5, rel=1e-5)
     assert not hasattr(sp.dok_matrix, "_update")
+
+
+@pytest.mark.parametrize("options", [{}, {"train_neg_sample_args": None}])
+def test_pop_counts_training_interactions_and_nothing_else(options):
+    def counts(seed):
+        config_dict = {**options, "train_batch_size": 64, "seed": seed, "show_progress": False}
+        config = Config("Pop", "tiny", config_dict=config_dict)
+        train, _, _ = data_preparation(config, create_dataset(config))
+        model = config.model_class(config, train.dataset)
+        for batch in train:
+            model.calculate_loss(batch)
+        items = train.dataset.inter_feat[config["ITEM_ID_FIELD"]]
+        assert torch.equal(model.item_cnt[:, 0], torch.bincount(items, minlength=model.n_items))
+        return model
+
+    model = counts(1)
+    assert int(model.max_cnt) == int(model.item_cnt.max()) > 1
+    assert torch.equal(model.item_cnt, counts(2).item_cnt)
 
 
 def test_pandas_3_is_refused_with_the_mend(monkeypatch):
