@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_AT_ONCE = 4096  # rows whose lengths are computed together
+
 
 class ItemVectors(Protocol):
     """Vectors of one modality: ``values`` (R, F), ``rows`` (N,), ``present`` (N,)."""
@@ -50,6 +52,7 @@ class FrozenFeatures(nn.Module):
     values: Tensor
     rows: Tensor
     present: Tensor
+    scale: Tensor  # (N,) float64, what the vector of an item is multiplied by
     _like: Tensor  # empty; carries the number type and the device of the module
 
     def __init__(
@@ -74,21 +77,48 @@ class FrozenFeatures(nn.Module):
         self.register_buffer("rows", rows, persistent=False)
         self.register_buffer("present", present, persistent=False)
         self.register_buffer("_like", torch.empty(0), persistent=False)
-        self.norm = norm
+        parts = torch.split(values, _AT_ONCE)
+        lengths = [part.double().norm(dim=1) for part in parts]
+        length = torch.cat([*lengths, values.new_empty(0, dtype=torch.float64)])  # (R,)
+        self.is_finite = bool(length.isfinite().all())
+        if norm is None:
+            scale = present.double()
+        else:
+            scale = torch.where(present, norm / length.clamp(min=1e-12)[rows], 0.0)
+        self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, items: Tensor) -> Tensor:
         """Vectors of items; shapes as in the class."""
         vectors = self.values[self.rows[items]].to(self._like.dtype)  # (*items, F)
-        if self.norm is not None:
-            vectors = self.norm * F.normalize(vectors, dim=-1)
-        # where, not a product: NaN * 0 is NaN
+        vectors = vectors * self._scale(items)
+        if self.is_finite:
+            return vectors
+        # NaN * 0 is NaN
         return torch.where(self.present[items].unsqueeze(-1), vectors, 0.0)
 
+    def times(self, weight: Tensor, items: Tensor) -> Tensor:
+        """``forward(items) @ weight.T``, ``(*items, D)`` for a weight ``(D, F)``.
+
+        Where there are not more stored rows than items, all rows are multiplied as they are stored,
+        and products are looked up and given their length: D numbers of an item instead of F.
+        """
+        # a row that is not finite would reach the gradient of the weight, whoever asks for it
+        if not self.is_finite or len(self.values) > items.numel():
+            return F.linear(self(items), weight)
+        products = F.linear(self.values.to(self._like.dtype), weight)  # (R, D)
+        # F.embedding, whose gradient has one order of summation
+        return F.embedding(self.rows[items], products) * self._scale(items)
+
+    def _scale(self, items: Tensor) -> Tensor:
+        return self.scale[items].to(self._like.dtype).unsqueeze(-1)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenFeatures:
-        values = self.values
-        self._buffers["values"] = None  # out of reach of a change of number type
+        kept = {name: self._buffers[name] for name in ("values", "scale")}
+        for name in kept:
+            self._buffers[name] = None  # out of reach of a change of number type
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers["values"] = values.to(self._like.device)
+        for name, tensor in kept.items():
+            self._buffers[name] = tensor if tensor is None else tensor.to(self._like.device)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FrozenFeatures:
@@ -159,7 +189,12 @@ class ModalityProjection(nn.Module):
         for name, project in self.project.items():
             features = cast(FrozenFeatures, self.features[name])
             present.append(features.present[items])
-            projected.append(project(features(items)))
+            layers = list(project) if isinstance(project, nn.Sequential) else [project]
+            first, *others = cast(list[nn.Linear], layers)
+            hidden = features.times(first.weight, items) + first.bias
+            for layer in others:
+                hidden = layer(hidden)
+            projected.append(hidden)
         mask = torch.stack(present, dim=-1)  # (*items, M)
         hidden = torch.stack(projected, dim=-2)  # (*items, M, D)
         # a bias, or layer norm, would give an absent feature a vector

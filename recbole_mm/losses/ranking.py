@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recbole_mm.ops.aligned_products import aligned_rows
+
 # On a CPU a larger block of logits only falls out of the cache: measured 10-40 % slower.
 _CPU_BLOCK_MB = 16.0
 
@@ -86,9 +88,10 @@ class _BlockwiseCrossEntropy(torch.autograd.Function):
         narrow, wide = states.dtype, torch.promote_types(states.dtype, torch.float32)
         T, N = len(states), len(table)
         logit_size = wide.itemsize + (narrow.itemsize if narrow != wide else 0)
-        rows = max(1, min(T, int(memory_mb * 2**20 / (logit_size * N))))
-        wide_block = states.new_empty(rows, N, dtype=wide)
-        narrow_block = states.new_empty(rows, N) if narrow != wide else wide_block
+        width = aligned_rows(states, 1, N).stride(0)
+        rows = max(1, min(T, int(memory_mb * 2**20 / (logit_size * width))))
+        wide_block = aligned_rows(states, rows, N, dtype=wide)
+        narrow_block = aligned_rows(states, rows, N) if narrow != wide else wide_block
 
         learn_states, learn_table = (learning and needed for needed in ctx.needs_input_grad[:2])
         grad_states = torch.empty_like(states) if learn_states else None

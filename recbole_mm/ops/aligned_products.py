@@ -15,12 +15,15 @@ _FEW_ROWS = 16  # from here on pieces pay for their copies
 _PRODUCTS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 
 
-def aligned_rows(like: Tensor, n_rows: int, n_columns: int) -> Tensor:
-    """Uninitialized ``(n_rows, n_columns)`` of the kind of ``like``.
+def aligned_rows(
+    like: Tensor, n_rows: int, n_columns: int, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Uninitialized ``(n_rows, n_columns)`` where ``like`` is, of its type if none is given.
 
     Each row begins at a cache line: MKL's products take up to twice as long where they do not.
     """
-    return like.new_empty(n_rows, -(-n_columns // _LINE) * _LINE)[:, :n_columns]
+    width = -(-n_columns // _LINE) * _LINE
+    return like.new_empty(n_rows, width, dtype=dtype)[:, :n_columns]
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

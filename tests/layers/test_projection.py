@@ -149,6 +149,23 @@ def test_a_projection_with_a_length_does_not_see_the_scale_of_its_features():
     assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("norm", [None, 3.0])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_products_of_all_rows_are_those_of_looked_up_vectors(norm, layers):
+    """Values and gradients, of as many items as rows and of fewer."""
+    vectors = two_modalities()["image"]
+    model = ModalityProjection({"image": vectors}, 6, layers, norm).double()
+    features, (first, *others) = model.features["image"], model.project["image"].modules()
+    first = others[0] if layers == 2 else first
+    for items in (torch.tensor([[3, 0], [1, 3], [2, 2]]), torch.tensor([2, 0])):
+        fast = features.times(first.weight, items)
+        naive = features(items) @ first.weight.T
+        assert_close(fast, naive, rtol=0, atol=1e-12)
+        weight = torch.randn_like(fast)
+        ours, theirs = (torch.autograd.grad(x, first.weight, weight)[0] for x in (fast, naive))
+        assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 def test_a_length_is_positive():
     with pytest.raises(ValueError, match="norm must be positive, got 0"):
         ModalityProjection(two_modalities(), 4, norm=0.0)

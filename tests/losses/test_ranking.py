@@ -134,7 +134,7 @@ def test_without_gradients_only_the_value_is_computed():
         loss = next_item_cross_entropy(states, table, target, memory_mb=1e-9)
     assert_close(loss, expected.detach())
     assert not loss.requires_grad
-    assert seen.largest <= N * 8  # one row of logits, no gradient of the table
+    assert seen.largest <= 64 * 8  # one aligned row of logits, no gradient of the table
 
 
 def test_cross_entropy_gradient_is_right():
