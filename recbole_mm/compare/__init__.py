@@ -18,6 +18,7 @@ from recbole_mm.compare.tables import Table, protocol_of, shown, tabulate
 from recbole_mm.compare.write import write_all, write_page
 from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
 from recbole_mm.protocol import assert_comparable
+from recbole_mm.run_folder import code_digest
 
 __all__ = ["IncompleteTables", "Table", "compare"]
 
@@ -184,4 +185,7 @@ def _said(outcome: Outcome) -> str:
         f"{metric} valid {valid:.4f}, test {result['test_result'][metric]:.4f}, best epoch "
         f"{result['best_epoch'] + 1} of {result['epochs']}, {cost['cpu_seconds']:.0f} CPU s"
     )
-    return text if outcome.is_new else f"{text} (already finished)"
+    if outcome.is_new:
+        return text
+    other = outcome.record.get("code") != code_digest()
+    return f"{text} (already finished{', by another source of recbole_mm' if other else ''})"

@@ -15,6 +15,7 @@ The folder of a cell holds a run folder below ``run/``, with ``per_user.npz`` in
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -37,8 +38,11 @@ from recbole_mm.errors import EnvironmentFault, InputError, RecboleMMError
 from recbole_mm.files import alone, read_json, write_text
 from recbole_mm.run_folder import STATE, code_digest, processor
 
+_LOG = logging.getLogger(__name__)
+
 RECORD = "cell.json"
 ERROR = "error.json"
+_OF_A_RUN = ("per_user.npz", "environment.json")  # what tables and report read of it
 _POLL_SECONDS = 2.0
 
 
@@ -141,7 +145,16 @@ def read_outcome(cell: Cell, out: Path, *, is_new: bool = False) -> Outcome | No
     """What the folder of a cell says, or ``None`` if it is neither finished nor failed."""
     folder = out / "cells" / cell.folder
     if (folder / RECORD).is_file():
-        return Outcome(cell, folder, read_json(folder / RECORD), is_new=is_new)
+        try:
+            outcome = Outcome(cell, folder, read_json(folder / RECORD), is_new=is_new)
+            missing_files = [n for n in _OF_A_RUN if not (outcome.run / n).is_file()]
+        except (ValueError, KeyError) as fault:
+            missing_files = [f"{RECORD} that can be read ({fault})"]
+        if not missing_files:
+            return outcome
+        _LOG.warning("%s: run again, since its folder lacks %s", cell.name, missing_files[0])
+        shutil.rmtree(folder)
+        return None
     if (folder / ERROR).is_file():
         error = read_json(folder / ERROR)["message"]
         return Outcome(cell, folder, None, error, is_new=is_new)

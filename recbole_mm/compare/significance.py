@@ -65,8 +65,12 @@ class Comparison:
 
     @property
     def differs(self) -> bool:
-        """Whether both tests over users, corrected, say so."""
-        return max(self.wilcoxon_holm, self.t_holm) < ALPHA
+        """Whether both tests over users, corrected, say so, and in the same direction.
+
+        A few users who gain much can raise a mean where most lose a little.
+        """
+        agree = self.difference * self.rank_biserial > 0
+        return agree and max(self.wilcoxon_holm, self.t_holm) < ALPHA
 
     @property
     def differs_over_seeds(self) -> bool:
@@ -170,7 +174,7 @@ def _p_of(mean: float, error: float, df: float) -> float:
 def _welch(one: NDArray[np.float64], two: NDArray[np.float64]) -> float:
     if min(len(one), len(two)) < 2:
         return float("nan")
-    if max(np.ptp(one), np.ptp(two)) < _SAME:  # Pop has no seed
+    if max(np.ptp(one), np.ptp(two)) < _SAME:  # no seed decides anything
         return 1.0 if abs(one[0] - two[0]) < _SAME else 0.0
     parts = [v for means in (one, two) for v in (means.mean(), means.std(ddof=1), len(means))]
     return float(stats.ttest_ind_from_stats(*parts, equal_var=False).pvalue)

@@ -24,7 +24,7 @@ from recbole_mm.compare.tables import tabulate
 from recbole_mm.config import DATASETS
 from recbole_mm.errors import EnvironmentFault, InputError
 from recbole_mm.protocol import Protocol
-from recbole_mm.run_folder import processor
+from recbole_mm.run_folder import code_digest, processor
 from tests.compare.conftest import QUICK
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +136,28 @@ def test_lost_counts_are_made_again_without_training(done, tmp_path):
     assert counts.read_bytes() == before
     assert records == {path: path.stat().st_mtime_ns for path in records}
     assert {name: (mine / name).read_bytes() for name in SAME} == contents(out)
+
+
+@pytest.mark.parametrize("damage", ["per_user.npz", "cell.json"])
+def test_a_damaged_cell_runs_again(done, tmp_path, capsys, caplog, damage):
+    out, _ = done
+    mine, again = copy_of(done, tmp_path)
+    if damage == "cell.json":
+        next(mine.glob("cells/tiny/Pop/*/cell.json")).write_text("{")
+    else:
+        next(mine.glob("cells/tiny/Pop/*/run/*/*/*/per_user.npz")).unlink()
+    assert main(again) == 1
+    assert capsys.readouterr().out.count("(already finished)") == 1
+    assert f"run again, since its folder lacks {damage}" in caplog.text
+    assert (mine / "table.csv").read_bytes() == (out / "table.csv").read_bytes()
+
+
+def test_another_source_of_the_package_is_told(done, tmp_path, capsys):
+    mine, again = copy_of(done, tmp_path)
+    record = next(mine.glob("cells/tiny/Pop/*/cell.json"))
+    record.write_text(record.read_text().replace(code_digest(), "another"))
+    main(again)
+    assert "(already finished, by another source of recbole_mm)" in capsys.readouterr().out
 
 
 def test_counts_that_cannot_be_made_again_are_told(done, tmp_path, capsys):

@@ -33,6 +33,16 @@ def test_the_paired_t_test_is_the_textbook_one():
     assert (result.low, result.high) == pytest.approx((2 - half, 2 + half), rel=1e-6)
 
 
+def test_a_mean_that_a_few_users_raise_while_most_lose_is_no_gain():
+    """MRR: 250 users fall from rank 9 to 10, 40 rise from nothing to the first rank."""
+    of_reference = np.repeat([1 / 9, 0.0], [250, 750])
+    values = np.repeat([1 / 10, 1.0, 0.0], [250, 40, 710])
+    (found,) = corrected([compare("mrr@10", "A", "B", values[None], of_reference[None])])
+    assert max(found.t_holm, found.wilcoxon_holm) < 1e-6
+    assert found.difference > 0 > found.rank_biserial
+    assert not found.differs
+
+
 def test_users_are_averaged_over_seeds_first():
     twice = of([[1.0, 2.0, 3.0], [3.0, 4.0, 5.0]], [[0.0, 0.0, 0.0], [0.0, 2.0, 0.0]])
     once = of([[2.0, 3.0, 4.0]], [[0.0, 1.0, 0.0]])
