@@ -53,6 +53,7 @@ class Contender:
             "MAX_ITEM_LIST_LENGTH": length,
             "seed": SEED,
             "show_progress": False,
+            "use_gpu": False,  # CPU seconds are what it prints
         }
         if objective != "all":  # whose batches are the default's
             values["train_batch_size"] = min(args.rows, max(8, SCORES // length**2))

@@ -48,6 +48,7 @@ VALUES = {
     "inner_size": 32,
     "show_progress": False,
     "state": "ERROR",
+    "use_gpu": False,  # on a GPU nothing is equal to the bit
 }
 OF_MODEL = {
     "MUFASA": {"train_batch_size": 256, "mfl_batch_items": 64},

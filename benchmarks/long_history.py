@@ -67,6 +67,7 @@ def worker(folder: str, length: int) -> None:
         "block_size": 64,  # near the square root of the longest history
         "modalities": modalities,
         "show_progress": False,
+        "use_gpu": False,  # CPU seconds are what it prints
     }
     config = Config("MUFASA", "long", None, values, [])
     init_seed(1, True)

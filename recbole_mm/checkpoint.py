@@ -128,7 +128,7 @@ def random_states() -> Checkpoint:
     """States of the generators of Python, numpy, torch and every CUDA device."""
     kind, keys, place, has_gauss, gauss = np.random.get_state()  # noqa: NPY002  (RecBole draws from it)
     tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # asking would open every GPU, for a run on the CPU too
         tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     numpy_state = [kind, np.asarray(keys).tolist(), int(place), int(has_gauss), float(gauss)]
     return Checkpoint(tensors, {"python": random.getstate(), "numpy": numpy_state})

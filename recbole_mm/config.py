@@ -368,7 +368,16 @@ class Config(RecBoleConfig):
                 )
 
     def _init_device(self) -> None:
+        final = self.final_config_dict
+        # RecBole writes gpu_id, 0 if nobody asks for another, over the user's choice of GPUs
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        asked = {**self.variable_config_dict, **self.cmd_config_dict}
+        keep = visible is not None and "gpu_id" not in asked and str(final["gpu_id"]) == "0"
+        if keep:
+            final["gpu_id"] = visible
         super()._init_device()
+        if keep:
+            final["gpu_id"] = "0"  # the first of them
         self._check_device()
         if self.final_config_dict["single_spec"]:
             device = compat.config_device(self.final_config_dict)

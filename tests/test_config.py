@@ -1,6 +1,7 @@
 """Precedence, safety and refusals of the configuration (reliability.md, cases 1, 28, 31, 32)."""
 
 import importlib.util
+import os
 import shutil
 from pathlib import Path
 from typing import ClassVar
@@ -624,6 +625,20 @@ def test_the_device_is_chosen_by_other_keys(value):
 
 def test_a_gpu_is_named_by_its_number():
     refused("gpu_id must be numbers of GPUs such as 0 or '0,1', got 'abc'", line=["--gpu_id=abc"])
+
+
+@pytest.mark.parametrize("visible", ["3", "GPU-8f6d4a1c", "2,3", "", None])
+def test_the_users_choice_of_gpus_stays(monkeypatch, visible):
+    """A job of a shared machine is told by CUDA_VISIBLE_DEVICES where it may run."""
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    made = config()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ("0" if visible is None else visible)
+    assert made["gpu_id"] == "0"
+    config(line=["--gpu_id=1"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
 
 
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_told(caplog, monkeypatch):

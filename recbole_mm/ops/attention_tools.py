@@ -221,4 +221,5 @@ def best_blocks(merit: Tensor, n_best: int) -> Tensor:
         best.append(highest)
         key.mul_(torch.lt(key, highest, out=smaller))
     ranks = torch.cat(best, dim=-1).long() % room  # of the last block 1, of the first C
+    ranks.clamp_(1, n_blocks)  # the key of a NaN with the bit of its sign is anything
     return last + 1 - ranks

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -329,6 +331,13 @@ def test_best_blocks_orders_like_a_stable_sort(C):
     merit[0], merit[1, -1] = 0.0, 1e-45
     expected = merit.sort(dim=-1, descending=True, stable=True).indices[..., : min(C, 5)]
     assert torch.equal(best_blocks(merit, min(C, 5)), expected)
+
+
+def test_blocks_of_a_nan_exist():
+    """Whose sign is set, as x86 makes that of inf - inf: a gather must not go astray."""
+    merit = torch.full((3, 6), -math.nan)
+    chosen = best_blocks(torch.cat([merit, -merit]), 3)
+    assert 0 <= chosen.min() <= chosen.max() < 6
 
 
 def test_selection_follows_the_block_level_probability_summed_over_heads():
