@@ -105,6 +105,8 @@ class TrainerMixin:
         with TemporaryDirectory() as scratch, compat.working_directory(Path(scratch)):
             super().__init__(config, model)  # type: ignore[call-arg]
             self.tensorboard.close()
+        # some of RecBole's go through the data once, whatever epochs says: they are validated, too
+        self.eval_step: int = min(self.eval_step, self.epochs)
         self.eval_collector, self.evaluator = Collector(config), Evaluator(config)
         self.tensorboard: Any = (
             _NoTensorboard()

@@ -219,7 +219,8 @@ class TrainingLoop(Trainer):
         self, terms: Sequence[Tensor], weight: float, interaction: Interaction, where: str
     ) -> None:
         """Add up the loss terms; refuse one that is not finite."""
-        values = [term.item() for term in terms]
+        # one wait for a GPU, however many terms
+        values = torch.stack([term.detach().double().reshape(()) for term in terms]).tolist()
         for index, value in enumerate(values):
             if not math.isfinite(value):
                 raise NumericalError(

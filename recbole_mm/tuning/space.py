@@ -44,6 +44,7 @@ _NOT_TUNED = frozenset(
         *(argument_list.general_arguments + argument_list.evaluation_arguments),
         *(argument_list.dataset_arguments),
         *("model", "dataset", "mask_history", "on_bad_time", "min_coverage", "feature_cache_dir"),
+        "cold_items",
     }
 ) - {"MAX_ITEM_LIST_LENGTH"}
 
