@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from recbole.evaluator.register import metrics_dict
+from recbole.utils import ModelType
 
 from recbole_mm.compare import missing, significance
 from recbole_mm.compare.cells import ERROR, Outcome
@@ -28,6 +29,7 @@ from recbole_mm.config_rules import has_cuts
 from recbole_mm.errors import InputError, nearest
 from recbole_mm.evaluation import PerUser
 from recbole_mm.protocol import Protocol, assert_comparable
+from recbole_mm.registry import get_model
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,10 +132,19 @@ class RowResult:
 
     @cached_property
     def reads(self) -> str:
-        """Modalities, or columns of ``.item``, that the model reads."""
+        """Modalities, columns of ``.item`` and ``.user``, or the graph, that the model reads."""
+        values = self.outcomes[0].cell.values
         names = [modality["name"] for modality in self.results[0]["data"]["modalities"]]
+        kind = getattr(get_model(self.row.model), "type", None)
         if reads_columns(self.row.model):
-            names += self.outcomes[0].cell.values["selected_features"]
+            names += values["selected_features"]
+        elif kind in (ModelType.CONTEXT, ModelType.DECISIONTREE):
+            columns = values["load_col"] or {"user": ["all columns"], "item": ["all columns"]}
+            names += [name for of in ("user", "item") for name in columns.get(of, ())]
+            ids = {values["USER_ID_FIELD"], values["ITEM_ID_FIELD"]}
+            names = [name for name in dict.fromkeys(names) if name not in ids]
+        elif kind == ModelType.KNOWLEDGE:
+            names.append("knowledge graph")
         return ", ".join(names) or "ids"
 
     @property
@@ -418,6 +429,17 @@ def caption(table: Table, marks: dict[str, str]) -> list[str]:
     }
     if table.comparisons:
         lines.append(_tests_line(table, against, marks, used))
+        untested = set(table.metrics) - {c.metric for c in table.comparisons}
+        if untested:
+            lines.append(
+                f"Not tested, since a single user has no such value: {', '.join(sorted(untested))}."
+            )
+        n_rankings = table.protocol.test_rankings
+        if n_rankings != table.comparisons[0].users:
+            lines.append(
+                f"Columns are means over {n_rankings} rankings, tests are of the means of users, "
+                "some of whom have more of them than others."
+            )
     for row in table.rows:
         if len(row.outcomes) < row.planned:
             lines.append(f"{row.label}: {len(row.outcomes)} of {row.planned} seeds finished.")

@@ -115,9 +115,34 @@ def test_a_row_says_what_its_model_reads(tmp_path):
     assert [row.reads for row in table_of(*rows).rows] == ["ids", "genres, year", "ids"]
 
 
+@pytest.mark.parametrize(
+    ("model", "load_col", "reads"),
+    [
+        ("FM", {"inter": ["u", "i"], "item": ["i", "year"], "user": ["u", "age"]}, "age, year"),
+        ("DIN", {"inter": ["u", "i"]}, "ids"),
+        ("FM", None, "all columns"),
+        ("CKE", {"inter": ["u", "i"]}, "knowledge graph"),
+        ("BPR", {"inter": ["u", "i"], "item": ["i", "year"]}, "ids"),
+    ],
+)
+def test_models_of_columns_and_graphs_say_so(tmp_path, model, load_col, reads):
+    values = {"load_col": load_col, "USER_ID_FIELD": "u", "ITEM_ID_FIELD": "i"}
+    (row,) = table_of(World(tmp_path).row(model, 0.0, values=values)).rows
+    assert row.reads == reads
+
+
 def line_about(table, words):
     (line,) = (line for line in caption(table, MARKS) if words in line)
     return line
+
+
+def test_what_the_tests_do_not_see_is_told(judged):
+    words = ("Not tested", "tests are of the means of users")
+    assert not any(word in line for line in caption(judged, MARKS) for word in words)
+    protocol = replace(judged.protocol, test_rankings=2 * USERS)
+    table = replace(judged, protocol=protocol, metrics=(*judged.metrics, "gauc"))
+    assert line_about(table, words[0]).endswith("no such value: gauc.")
+    assert f"means over {2 * USERS} rankings" in line_about(table, words[1])
 
 
 def test_the_reference_of_each_metric_is_the_best_baseline_in_it(judged):
