@@ -283,6 +283,8 @@ def memory_of(
 ) -> float:
     """Megabytes by which a process grows over one pass."""
     job = {"name": name, "length": length, "dropout": dropout, "whole_layer": whole_layer}
+    if args.device != "cpu":  # torch counts there, whatever the process did before
+        return grown_in(job, args)
     command = [sys.executable, __file__, "--worker", json.dumps(job)]
     command += ["--device", args.device, "--dtype", args.dtype, "--tokens", str(args.tokens)]
     command += ["--block-size", str(args.block_size)]
@@ -290,25 +292,21 @@ def memory_of(
     return float(done.stdout.split()[-1])
 
 
-def worker(job: dict[str, object], args: argparse.Namespace) -> None:
+def grown_in(job: dict[str, object], args: argparse.Namespace) -> float:
     dtype = getattr(torch, args.dtype)
     dropout, name = float(str(job["dropout"])), str(job["name"])
 
-    def run(length: int, tokens: int) -> None:
+    def run(length: int, tokens: int) -> float:
         if job["whole_layer"]:
             contestants, trained = layers(length, tokens, dropout, args.device, dtype)
             wanted = trained[name]
         else:
             inputs = vectors(length, tokens, args.device, dtype)
             contestants, wanted = ops(length, inputs, dropout), list(inputs.values())
-        grow = forward_and_backward(contestants[name], wanted)
-        if tokens == args.tokens:
-            print(grown_by(grow, args.device))
-        else:
-            grow()
+        return grown_by(forward_and_backward(contestants[name], wanted), args.device)
 
     run(600, 600)  # libraries take their own memory first
-    run(int(str(job["length"])), args.tokens)
+    return run(int(str(job["length"])), args.tokens)
 
 
 def grown_by(function: Callable[[], None], device: str) -> float:
@@ -418,7 +416,7 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     if args.worker:
-        worker(json.loads(args.worker), args)
+        print(grown_in(json.loads(args.worker), args))
         return
 
     torch.manual_seed(0)

@@ -27,6 +27,22 @@ class Killed(BaseException):
 
 # no numbers are drawn: each device has its own
 FIXED = {"hidden_dropout_prob": 0.0, "attn_dropout_prob": 0.0}
+LONG = {"MAX_ITEM_LIST_LENGTH": 50, "window_size": 4, "block_size": 4, "n_selected_blocks": 2}
+CASES = [
+    ("MUFASA", {**LONG, "selection": "query"}),
+    ("MUFASA", LONG),
+    ("MUFASA", {"train_objective": "last", "position": "learned", "distribution": "uniformity"}),
+    ("MUFASA", {"collaborative_target": "cooccurrence", "n_negatives": 5}),
+    ("CAMMSR", {"category_loss_weight": 1.0, "category_pool": "max", "mask_same_target": True}),
+    ("CAMMSR", {"gate_causal": True, "train_objective": "all"}),
+    ("CAMMSR", {"gate": "linear", "input_norm": "layernorm"}),
+    ("MDSRec", {}),
+    ("MDSRec", {"interest_attention": "centres", "train_objective": "last"}),
+    ("MDSRec", {"interest_attention": "global", "train_objective": "last", "fusion": "sum"}),
+    ("MDSRec", {"interest_attention": "self", "relation_graph": "mix", "fusion": "concat"}),
+    ("SASRecFast", {"n_negatives": 5}),
+    ("SASRecMM", {"train_objective": "last"}),
+]
 OF_MODEL = {
     "CAMMSR": {**FIXED, "swap_pairs": "[]"},
     "GRU4Rec": {"dropout_prob": 0.0},
@@ -96,6 +112,28 @@ def test_half_precision_gives_about_the_losses_of_float32(name, number_type, bui
     assert torch.isfinite(results[1]).all()
     # of the first step: the scaler leaves out some steps until it has found its scale
     assert_close(results[1][0], results[0][0], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize(("name", "values"), CASES)
+def test_losses_and_steps_of_every_option_are_those_of_the_cpu(name, values, on_device):
+    (here, world), (there, other) = on_device(name, **values)
+    batches = batches_of(world)
+    of_there, of_here = losses(there, other, batches), losses(here, world, batches)
+    if "n_negatives" in values:  # each device draws its own
+        assert_close(of_there, of_here, rtol=0.2, atol=0.2)
+    else:
+        assert_close(of_there, of_here, **TOLERANCE)
+
+
+@pytest.mark.parametrize("number_type", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(("name", "values"), CASES)
+def test_every_option_trains_with_dropout(name, values, number_type, build_trainer):
+    half = number_type != "float32"
+    of_type = {"enable_amp": half, "enable_scaler": number_type == "float16"}
+    of_type |= {"amp_dtype": number_type} if half else {}
+    trainer, world = build_trainer(name, **values, **of_type)
+    world.model.to(DEVICE).train()
+    assert torch.isfinite(losses(trainer, world, batches_of(world, 6))).all()
 
 
 @pytest.mark.slow

@@ -13,25 +13,8 @@ from recbole_mm.models import mdsrec, mufasa  # noqa: F401  (so that their opera
 from recbole_mm.registry import MODELS
 from tests.models.conftest import build
 from tests.pretend_gpu import CUDA, PretendGPU
-from tests.test_device import FIXED
+from tests.test_device import CASES, FIXED
 from tests.test_explain import material
-
-LONG = {"MAX_ITEM_LIST_LENGTH": 50, "window_size": 4, "block_size": 4, "n_selected_blocks": 2}
-CASES = [
-    ("MUFASA", {**LONG, "selection": "query"}),
-    ("MUFASA", LONG),
-    ("MUFASA", {"train_objective": "last", "position": "learned", "distribution": "uniformity"}),
-    ("MUFASA", {"collaborative_target": "cooccurrence", "n_negatives": 5}),
-    ("CAMMSR", {"category_loss_weight": 1.0, "category_pool": "max", "mask_same_target": True}),
-    ("CAMMSR", {"gate_causal": True, "train_objective": "all"}),
-    ("CAMMSR", {"gate": "linear", "input_norm": "layernorm"}),
-    ("MDSRec", {}),
-    ("MDSRec", {"interest_attention": "centres", "train_objective": "last"}),
-    ("MDSRec", {"interest_attention": "global", "train_objective": "last", "fusion": "sum"}),
-    ("MDSRec", {"interest_attention": "self", "relation_graph": "mix", "fusion": "concat"}),
-    ("SASRecFast", {"n_negatives": 5}),
-    ("SASRecMM", {"train_objective": "last"}),
-]
 
 
 @pytest.fixture
