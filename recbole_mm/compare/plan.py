@@ -36,6 +36,13 @@ from recbole_mm.registry import MODELS, class_name, code_of, is_own, name_of
 BASELINES_OF_OURS = ("SASRecFast", "SASRecMM")
 """Models of this package that are baselines in any table."""
 
+# what rows of one table have alike, whatever model they are of
+_SHARED = (
+    *("mask_history", "metrics", "topk", "valid_metric", "metric_decimal_place", "eval_args"),
+    *("val_interval", "filter_inter_by_user_or_item", "cold_items", "benchmark_filename"),
+    *("user_inter_num_interval", "item_inter_num_interval", "rm_dup_inter"),
+)
+
 _RESERVED = {
     "model": "name models in --models",
     "dataset": "name data sets in --datasets",
@@ -168,6 +175,7 @@ def plan(
                 by_seed.setdefault(number, []).append(cell)
     cells = [cell for number in sorted(by_seed) for cell in by_seed[number]]
     _check_drawn_candidates(cells)
+    _check_one_protocol(cells)
     if tuned is not None and not any(
         _tuned_file(Path(tuned), row, dataset) for row in rows for dataset in datasets
     ):
@@ -205,6 +213,21 @@ def _check_drawn_candidates(cells: Sequence[Cell]) -> None:
                 f"{dataset}: RecBole draws items of a user's past as candidates for the one and "
                 "not for the other; rank the whole catalogue, eval_args: {mode: full}"
             )
+
+
+def _check_one_protocol(cells: Sequence[Cell]) -> None:
+    """Refuse rows of which a variant, or a file of ``--tuned``, sets how they are evaluated."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        other = first.setdefault(cell.dataset, cell)
+        for key in _SHARED:
+            one, two = other.values.get(key), cell.values.get(key)
+            if one != two:
+                raise InputError(
+                    f"{other.row.label} and {cell.row.label} cannot share a table of "
+                    f"{cell.dataset}: {key} is {one!r} for the one and {two!r} for the other; set "
+                    f"it for all rows, --{key}=..., or give them a compare each"
+                )
 
 
 def _cells(

@@ -201,6 +201,18 @@ def test_data_sets_are_named_once():
         plan(["Pop"], ["tiny", "tiny"], 1)
 
 
+@pytest.mark.parametrize(
+    "values", ["{mask_history: true}", "{topk: [5, 10]}", "{val_interval: {rating: '[3,inf)'}}"]
+)
+def test_rows_that_would_be_evaluated_otherwise_are_refused_before_training(tmp_path, values):
+    file = tmp_path / "variants.yaml"
+    file.write_text(f"other: {values}\n")
+    key = values.strip("{").partition(":")[0]
+    with pytest.raises(InputError, match=rf"SASRec and SASRec\+other cannot share .*tiny: {key}"):
+        plan(["SASRec", "SASRec+other"], ["tiny"], 1, variants=file)
+    assert plan(["SASRec+other", "MUFASA+other", "Pop+other"], ["tiny"], 1, variants=file)
+
+
 @pytest.mark.parametrize("seeds", [0, [], [1, 1]])
 def test_seeds_are_named_once(seeds):
     with pytest.raises(InputError, match="--seeds"):
