@@ -131,19 +131,23 @@ class RowResult:
         return frame.sort_values(["modality", "percent", "seed"], ignore_index=True)
 
     @cached_property
+    def kind(self) -> ModelType | None:
+        """What RecBole calls the type of the model."""
+        return getattr(get_model(self.row.model), "type", None)
+
+    @cached_property
     def reads(self) -> str:
         """Modalities, columns of ``.item`` and ``.user``, or the graph, that the model reads."""
         values = self.outcomes[0].cell.values
         names = [modality["name"] for modality in self.results[0]["data"]["modalities"]]
-        kind = getattr(get_model(self.row.model), "type", None)
         if reads_columns(self.row.model):
             names += values["selected_features"]
-        elif kind in (ModelType.CONTEXT, ModelType.DECISIONTREE):
+        elif self.kind in (ModelType.CONTEXT, ModelType.DECISIONTREE):
             columns = values["load_col"] or {"user": ["all columns"], "item": ["all columns"]}
             names += [name for of in ("user", "item") for name in columns.get(of, ())]
             ids = {values["USER_ID_FIELD"], values["ITEM_ID_FIELD"]}
             names = [name for name in dict.fromkeys(names) if name not in ids]
-        elif kind == ModelType.KNOWLEDGE:
+        elif self.kind == ModelType.KNOWLEDGE:
             names.append("knowledge graph")
         return ", ".join(names) or "ids"
 
@@ -474,6 +478,8 @@ def _budget_lines(table: Table) -> Iterator[str]:
             values = row.outcomes[0].cell.values
             # RecBole's Pop and its like go through the data once, whatever epochs says
             is_trained = row.results[0]["epochs"] > 1 or values["epochs"] <= 1
+            if key == "MAX_ITEM_LIST_LENGTH":  # every model has the key; some read histories
+                is_trained &= row.kind == ModelType.SEQUENTIAL
             if is_trained and (value := values.get(key)) is not None:
                 by_value.setdefault(str(value), []).append(row.label)
         if len(by_value) > 1:

@@ -136,6 +136,15 @@ def line_about(table, words):
     return line
 
 
+@pytest.mark.parametrize(("other", "is_told"), [("GRU4Rec", True), ("BPR", False)])
+def test_the_length_of_histories_is_that_of_models_that_read_them(tmp_path, other, is_told):
+    world = World(tmp_path)
+    lengths = {"SASRec": 50, other: 20}
+    rows = [world.row(m, 0.0, values={"MAX_ITEM_LIST_LENGTH": n}) for m, n in lengths.items()]
+    lines = caption(table_of(*rows), MARKS)
+    assert any("differ in MAX_ITEM_LIST_LENGTH" in line for line in lines) == is_told
+
+
 def test_what_the_tests_do_not_see_is_told(judged):
     words = ("Not tested", "tests are of the means of users")
     assert not any(word in line for line in caption(judged, MARKS) for word in words)
