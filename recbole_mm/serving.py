@@ -319,16 +319,17 @@ class Recommender:
             ) from error
 
     def _scores(self, histories: Sequence[Sequence[int]], *, masked: bool) -> Tensor:
-        """Scores ``(B, N)``; -inf at padding, and at what is masked."""
+        """Scores ``(B, N)`` on the model's device; -inf at padding, and at what is masked."""
         with self._no_other_columns():
             scores = self.model.full_sort_predict(self._batch(histories))
-        scores = scores.view(len(histories), -1).float().cpu()
+        scores = scores.view(len(histories), -1).float()
         if not torch.isfinite(scores[:, 1:]).all():
             raise NumericalError(f"{self.config['model']}: a score is not finite; train it anew")
         scores[:, 0] = -torch.inf
         if masked:
             row_of = torch.repeat_interleave(torch.tensor([len(h) for h in histories]))
-            scores[row_of, torch.tensor([item for h in histories for item in h])] = -torch.inf
+            items = torch.tensor([item for h in histories for item in h])
+            scores[row_of.to(scores.device), items.to(scores.device)] = -torch.inf
         return scores
 
 
