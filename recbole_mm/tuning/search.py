@@ -18,7 +18,10 @@ from recbole_mm.errors import InputError, NumericalError, OutOfMemory
 from recbole_mm.protocol import Protocol, assert_comparable
 from recbole_mm.quick_start import run
 from recbole_mm.registry import code_of, is_users
+from recbole_mm.run_folder import code_digest
 from recbole_mm.tuning.space import Parameter
+
+_LOG = logging.getLogger(__name__)
 
 
 class _ImpossibleError(Exception):
@@ -86,10 +89,19 @@ class Search:
             InputError: as :func:`check_same`
         """
         path = self.folder / "search.json"
+        source = code_digest()
         if not path.is_file() or [*self.folder.iterdir()] == [path]:  # refused before any trial
-            write_text(path, json.dumps(self.settings, indent=1) + "\n")
+            begun = {**self.settings, "source of recbole_mm": source}
+            write_text(path, json.dumps(begun, indent=1) + "\n")
         # also after writing: another process may have begun a search here at the same time
-        check_same(files.read_json(path), self.settings, self.folder)
+        before = files.read_json(path)
+        source_then = before.pop("source of recbole_mm", source)
+        check_same(before, self.settings, self.folder)
+        if source_then != source:
+            _LOG.warning(
+                "%s: the search was begun by another source of recbole_mm, whose trials may differ",
+                self.folder,
+            )
 
     def configuration(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """Values for the configuration, from the labels and numbers that an engine has drawn."""

@@ -380,6 +380,15 @@ def test_a_search_with_other_settings_is_not_continued(tune, engine, change, mes
     tune(Runs(), engine=engine, trials=2, config_dict={"show_progress": False, "state": "DEBUG"})
 
 
+def test_a_search_that_another_source_began_says_so(tune, caplog, monkeypatch):
+    tune(Runs(), trials=2)
+    tune(Runs(), trials=3)
+    assert "another source" not in caplog.text
+    monkeypatch.setattr(search_module, "code_digest", lambda: "edited")
+    assert tune(Runs(), trials=4)["trials"] == 4
+    assert "the search was begun by another source of recbole_mm" in caplog.text
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_search_over_other_features_is_not_continued(tune, tmp_path, engine):
     shutil.copytree(DATASETS / "tiny", tmp_path / "data" / "tiny")
