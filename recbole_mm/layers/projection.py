@@ -81,6 +81,9 @@ class FrozenFeatures(nn.Module):
         lengths = [part.double().norm(dim=1) for part in parts]
         length = torch.cat([*lengths, values.new_empty(0, dtype=torch.float64)])  # (R,)
         self.is_finite = bool(length.isfinite().all())
+        # as float16 has them too, under autocast, and products with them
+        usual = ((length >= 0.01) & (length <= 1000)) | (length == 0)
+        self.is_usual = bool(usual.all())
         if norm is None:
             scale = present.double()
         else:
@@ -103,7 +106,7 @@ class FrozenFeatures(nn.Module):
         and products are looked up and given their length: D numbers of an item instead of F.
         """
         # a row that is not finite would reach the gradient of the weight, whoever asks for it
-        if not self.is_finite or len(self.values) > items.numel():
+        if not self.is_usual or len(self.values) > items.numel():
             return F.linear(self(items), weight)
         products = F.linear(self.values.to(self._like.dtype), weight)  # (R, D)
         # F.embedding, whose gradient has one order of summation

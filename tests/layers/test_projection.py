@@ -166,6 +166,21 @@ def test_products_of_all_rows_are_those_of_looked_up_vectors(norm, layers):
         assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [1e-8, 1.0, 1e6])
+def test_half_precision_holds_vectors_of_any_length(length):
+    values = torch.nn.functional.normalize(torch.randn(40, 16, dtype=torch.float64), dim=1)
+    found = []
+    for of_length in (1.0, length):
+        part = FrozenFeatures(
+            (of_length * values).float(), torch.arange(40), torch.ones(40, dtype=torch.bool)
+        )
+        torch.manual_seed(0)
+        model = ModalityProjection({"text": part}, 6, norm=8.0)
+        with torch.autocast("cpu", dtype=torch.float16):
+            found.append(model(torch.arange(40))[0])
+    assert_close(*found, rtol=0.01, atol=0.02)
+
+
 def test_a_length_is_positive():
     with pytest.raises(ValueError, match="norm must be positive, got 0"):
         ModalityProjection(two_modalities(), 4, norm=0.0)
